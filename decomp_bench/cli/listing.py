@@ -1,0 +1,170 @@
+"""list methods|targets|metrics|runs|experiments, show RUN, runs list|rm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from decomp_bench.cli.training import Json
+from decomp_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from decomp_bench.runs import Run
+
+
+COLUMNS = ("method", "summary", "kind", "trained", "inference sweep", "presets", "paper")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="List methods, targets, metrics, runs, experiments.", no_args_is_help=True, rich_markup_mode=None)
+    for command in (methods, targets, metrics, runs, experiments):
+        group.command(command.__name__)(command)
+    app.add_typer(group, name="list")
+    app.command("show")(show_run)
+    own = typer.Typer(help="Run folders: list, rm.", no_args_is_help=True, rich_markup_mode=None)
+    own.command("list")(runs)
+    own.command("rm")(remove)
+    app.add_typer(own, name="runs")
+
+
+def methods(as_json: Json = False) -> None:
+    """Every method: what it is, what it can be asked, its config keys and its paper."""
+    from decomp_bench import registry
+    from decomp_bench.cli.display import show
+    from decomp_bench.config import field_docs
+
+    rows = []
+    for name in registry.names():
+        try:
+            kind = registry.method(name)
+        except Exception as error:  # one broken file must not hide the others
+            rows.append({**dict.fromkeys(COLUMNS, ""), "method": name, "summary": f"BROKEN: {str(error).splitlines()[0]}"})
+            continue
+        row: dict[str, Any] = {"method": name, "summary": kind.summary, "kind": kind.kind, "trained": "yes" if kind.trainable else "no"}
+        row |= {"inference sweep": list(kind.swept), "presets": sorted(getattr(kind, "presets", {})), "paper": kind.paper}
+        if as_json:
+            row |= {"version": kind.version, "trains_on": kind.trains_on, "config": field_docs(kind.Config)}
+        rows.append(row)
+    show(rows, as_json)
+
+
+def targets(as_json: Json = False) -> None:
+    """Every target by name, and the forms of those that you bring."""
+    from decomp_bench.cli.display import show
+    from decomp_bench.targets import known
+
+    show(known(), as_json)
+
+
+def metrics(as_json: Json = False) -> None:
+    """Every metric: its definition, unit and direction."""
+    from decomp_bench.cli.display import show
+    from decomp_bench.metrics import metric_catalogue
+
+    rows = metric_catalogue()
+    brief = ("key", "title", "unit", "direction", "formula", "version")
+    show(rows if as_json else [{name: row.get(name) for name in brief} for row in rows], as_json)
+
+
+def run_rows() -> list[dict[str, Any]]:
+    """One entry for each run folder."""
+    from decomp_bench.runs import all_runs
+
+    rows = []
+    for run in all_runs():
+        try:
+            manifest = run.manifest
+        except UserError:
+            manifest = {}
+        cost = manifest.get("cost", {})
+        rows.append(
+            {
+                "run": run.id,
+                "status": run.status,
+                "created": manifest.get("created"),
+                "train_s": cost.get("train_wall_s"),
+                "mb": round(folder_size(run.path) / 1e6, 1),
+                "error": manifest.get("error"),
+            }
+        )
+    return rows
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of every file under a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def runs(as_json: Json = False) -> None:
+    """Every run folder, oldest first."""
+    from decomp_bench.cli.display import show
+
+    show(run_rows(), as_json, "no runs yet; make one: decomp-bench train transcoder")
+
+
+def experiments(
+    directory: Annotated[Path | None, typer.Option("--dir", help="Folder that holds experiments/.")] = None, as_json: Json = False
+) -> None:
+    """Every experiment."""
+    from decomp_bench.cli.experiments import list_
+
+    list_(directory, as_json)
+
+
+def show_run(run: Annotated[str, typer.Argument(help="An id, or its beginning.")], as_json: Json = False) -> None:
+    """A run: its state, what it was made with, what it cost, what was measured."""
+    from decomp_bench.cli.display import summary
+    from decomp_bench.runs import find
+
+    found = find(run)
+    manifest = {**found.manifest, "status": found.status, "path": str(found.path)}
+    if as_json:
+        print(json.dumps({**manifest, "config": found.config.model_dump(mode="json")}, indent=2, default=str))
+        return
+    for line in _lines(found, manifest):
+        print(line)
+    if found.evaluated:
+        summary(found.results())
+    elif found.trained:
+        print(f"next: decomp-bench eval {found.id}")
+    else:
+        print(f"next: {found.resume_command}")
+
+
+def _lines(run: Run, manifest: dict[str, Any]) -> list[str]:
+    cost, git = manifest.get("cost", {}), manifest.get("git", {})
+    commit = f"{(git.get('commit') or 'unknown')[:12]}{' with changes' if git.get('dirty') else ''}"
+    error = f": {manifest['error']}" if manifest.get("error") else ""
+    lines = [
+        f"run      {run.id}",
+        f"status   {manifest['status']}{error}",
+        f"folder   {run.path}",
+        f"code     {commit}, method version {manifest.get('method_version')}",
+        f"data     {manifest.get('corpus')} {manifest.get('corpus_hash')}; target {manifest.get('target_hash')}",
+    ]
+    if cost:
+        lines.append("cost     " + ", ".join(f"{key} {value:,.6g}" for key, value in cost.items() if isinstance(value, (int, float))))
+    config = run.config
+    return [*lines, "config   " + ", ".join(f"{key}={value}" for key, value in config.method_config.items())]
+
+
+def remove(
+    run: Annotated[list[str], typer.Argument(help="Ids, or their beginnings.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete run folders."""
+    from decomp_bench.runs import find
+
+    found = {one.id: one for one in map(find, run)}
+    if not yes:
+        size = sum(folder_size(one.path) for one in found.values()) / 1e6
+        if not typer.confirm(f"delete {len(found)} run(s), {size:.1f} MB: {', '.join(found)}?"):
+            print("nothing deleted")
+            return
+    for one in found.values():
+        one.remove()
+        print(f"deleted {one.id}")

@@ -1,0 +1,158 @@
+"""Where a target's data comes from: its own corpus, local text, or a toy's distribution."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from decomp_bench.checkpoint import atomically
+from decomp_bench.config import DataConfig, digest
+from decomp_bench.data.cache import cache_dir
+from decomp_bench.data.documents import Document
+from decomp_bench.data.text import Rows, read_documents, split_of, to_rows
+from decomp_bench.decomposer import Batch
+from decomp_bench.errors import UserError
+from decomp_bench.targets import NAMED, data_folder
+from decomp_bench.targets.base import TargetModel
+from decomp_bench.targets.toy import sparse_features
+
+TOY_ROWS_A_DOCUMENT = 64
+"""A toy's evaluation rows are independent; they are grouped so that intervals are computed as for documents."""
+
+
+class Source:
+    """Documents of three disjoint splits as rows of tokens for one target."""
+
+    def __init__(self, target: TargetModel, config: DataConfig) -> None:
+        self.target, self.config = target, config
+        self.context = config.context or target.context
+        self.name, self._origin = _origin(target, config)
+        self._rows: dict[str, Rows] = {}
+
+    @property
+    def hash(self) -> str:
+        """Hash of the tokens of every split: results of different hashes are never compared."""
+        return digest([self.rows(split).hash for split in ("train", "validation", "test")], 16)
+
+    def rows(self, split: str) -> Rows:
+        """Token rows of a split, tokenised once and kept in the cache folder."""
+        if split not in self._rows:
+            self._rows[split] = self._load(split)
+        return self._rows[split]
+
+    def documents(self, split: str) -> list[Document]:
+        """The split's documents: the corpus' own splits, or 85% / 5% / 10% of local text by a hash of each document."""
+        if self._origin is None:
+            from decomp_bench.data import pydocs
+
+            return pydocs.documents(split)
+        return [document for document in _read(self._origin, self.config.column) if split_of(document.name) == split]
+
+    def _load(self, split: str) -> Rows:
+        documents = self.documents(split)
+        tokenizer = self.target.tokenizer
+        text = hashlib.sha256("\0".join(f"{d.name}\0{d.label}\0{d.text}" for d in documents).encode()).hexdigest()
+        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        file = cache_dir() / "rows" / f"{digest([text, vocabulary, self.context, 1], 20)}.npz"
+        try:
+            kept = np.load(file, allow_pickle=False)
+            names, labels = (tuple(str(v) for v in kept[key]) for key in ("documents", "labels"))
+            return Rows(kept["tokens"], kept["length"], kept["doc"], names, labels)
+        except (OSError, ValueError, KeyError):
+            rows = to_rows(documents, tokenizer, self.context, split)
+
+        def save(path: Path) -> None:
+            with path.open("wb") as stream:
+                np.savez(
+                    stream,
+                    tokens=rows.tokens,
+                    length=rows.length,
+                    doc=rows.doc,
+                    documents=np.array(rows.documents),
+                    labels=np.array(rows.labels),
+                )
+
+        atomically(file, save)
+        return rows
+
+    def batch(self, split: str, index: np.ndarray) -> Batch:
+        """Rows of a split by index, cut to the longest of them."""
+        rows = self.rows(split)
+        length = rows.length[index]
+        tokens = rows.tokens[index][:, : int(length.max())]
+        return Batch(
+            torch.from_numpy(tokens.astype(np.int64)),
+            torch.from_numpy(length.astype(np.int64)),
+            torch.from_numpy(rows.doc[index].astype(np.int64)),
+        )
+
+    def size(self, split: str) -> int:
+        """Rows in a split."""
+        return len(self.rows(split).length)
+
+    def evaluation_rows(self, split: str, tokens: int) -> int:
+        """How many rows from the start of a split score this many tokens."""
+        return len(self.rows(split).first(tokens).length)
+
+    def token_hash(self, split: str, rows: int) -> str:
+        """Hash of the first rows of a split: what a result was measured on."""
+        whole = self.rows(split)
+        return Rows(whole.tokens[:rows], whole.length[:rows], whole.doc[:rows], (), ()).hash
+
+
+class ToySource(Source):
+    """A toy's sparse features, drawn from the row's index alone."""
+
+    def __init__(self, target: TargetModel, config: DataConfig) -> None:
+        if config.source is not None:
+            raise UserError(f"{target.uri} has its own data: leave data.source out")
+        self.target, self.config, self.name, self.context = target, config, target.uri.split("@")[0], 1
+
+    @property
+    def hash(self) -> str:
+        return digest([self.name, self.target.about["features"], self.target.about["probability"], 1], 16)
+
+    def batch(self, split: str, index: np.ndarray) -> Batch:
+        blocks = {int(b): self._block(split, int(b)) for b in np.unique(index // TOY_ROWS_A_DOCUMENT)}
+        x = torch.stack([blocks[int(i) // TOY_ROWS_A_DOCUMENT][int(i) % TOY_ROWS_A_DOCUMENT] for i in index])
+        return Batch(x, None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
+
+    def _block(self, split: str, block: int) -> torch.Tensor:
+        seed = int(digest([split, block], 12), 16)
+        about = self.target.about
+        return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], torch.Generator().manual_seed(seed))
+
+    def size(self, split: str) -> int:
+        return 65536 if split == "train" else 16384
+
+    def evaluation_rows(self, split: str, tokens: int) -> int:
+        return min(self.size(split), -(-tokens // TOY_ROWS_A_DOCUMENT) * TOY_ROWS_A_DOCUMENT)
+
+    def token_hash(self, split: str, rows: int) -> str:
+        return digest([self.hash, split, rows], 16)
+
+
+def open_source(target: TargetModel, config: DataConfig) -> Source:
+    """The source for a target and a data config; raises UserError where the target has no data of its own and none is given."""
+    return ToySource(target, config) if not target.is_lm else Source(target, config)
+
+
+def _origin(target: TargetModel, config: DataConfig) -> tuple[str, str | None]:
+    """Name of the data set, and the local path it is read from (None: the embedded corpus)."""
+    if config.source == "pydocs":
+        return "pydocs", None
+    if config.source is not None:
+        return Path(config.source).stem, config.source
+    named = NAMED.get(target.uri)
+    if named is None:
+        raise UserError(f"{target.uri} needs data: --set data.source=FILE (.txt, .jsonl, .parquet or a folder), or data.source=pydocs")
+    return ("pydocs", None) if named.data is None else (Path(named.data).stem, str(data_folder() / named.data))
+
+
+@cache
+def _read(origin: str, column: str) -> list[Document]:
+    return read_documents(origin, column)

@@ -1,0 +1,322 @@
+"""Experiments: a folder NNN_name with a config.yaml -> the runs that are missing -> one results folder for each target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from decomp_bench.config import Config, DataConfig, EvalConfig, RunConfig, TrainConfig, merge, parse, parse_set, read_yaml
+from decomp_bench.errors import UserError
+from decomp_bench.gather import collect, draw
+from decomp_bench.registry import suggest
+from decomp_bench.runs import Existing, ResolvedRun, Run, folder_at, resolve, runs_folder, target_slug
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from decomp_bench.workers import Overview
+
+
+class RunSpec(Config):
+    """Runs of one method: a config, and the values that are swept."""
+
+    method: str
+    layers: tuple[int, ...] | Literal["all"] = "all"
+    config: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    """Config key -> values; several keys span their product."""
+    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Preset -> what it changes in this entry (`config`, `sweep`, `layers`)."""
+
+
+class ExperimentConfig(Config):
+    """What a config.yaml holds."""
+
+    title: str
+    question: str = ""
+    target: str = "pydocs-4l"
+    seeds: tuple[int, ...] = (0,)
+    preset: str | None = None
+    """The preset where none is named; its results lie in the target's folder, those of others in TARGET-PRESET."""
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    train: TrainConfig = TrainConfig()
+    runs: tuple[RunSpec, ...]
+    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`)."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's folder and its config."""
+
+    path: Path
+    config: ExperimentConfig
+    raw: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Such as 011_pareto_trained."""
+        return self.path.name
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds experiments/ and results/."""
+        return self.path.parent.parent
+
+    def results_folder(self, target: str, preset: str | None) -> Path:
+        """Where the results on a target lie."""
+        suffix = "" if preset == self.config.preset or preset is None else f"-{preset}"
+        return self.root / "results" / self.name / f"{target_slug(target)}{suffix}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line can change about an experiment."""
+
+    preset: str | None = None
+    only: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    target: str | None = None
+    set: tuple[str, ...] = ()
+    workers: int | None = None
+    existing: Existing = "resume"
+
+
+@dataclass
+class Plan:
+    """Every run of an experiment under given options, named, and which of them are wanted now."""
+
+    experiment: Experiment
+    preset: str | None
+    target: str
+    wanted: list[ResolvedRun]
+    left_out: list[str] = field(default_factory=list)
+    every: set[str] = field(default_factory=set)
+    """Ids of all methods and seeds that the results folder may hold: those of earlier calls as well."""
+
+    @property
+    def folder(self) -> Path:
+        """The results folder."""
+        return self.experiment.results_folder(self.target, self.preset)
+
+
+@dataclass
+class Outcome:
+    """What an experiment gave."""
+
+    plan: Plan
+    frame: pd.DataFrame | None
+    executed: int
+    failures: list[str]
+    figures: list[Path]
+
+
+# ---- finding
+
+
+def experiments_folder(directory: Path | None) -> Path:
+    """The folder of experiments: DIR/experiments or DIR itself, else ./experiments; raises UserError where there is none."""
+    if directory is not None:
+        for folder in (directory / "experiments", directory):
+            if folder.is_dir() and _numbered(folder):
+                return folder.resolve()
+        raise UserError(f"no experiments in {directory}: --dir takes the folder that holds NNN_name folders with a config.yaml")
+    if Path("experiments").is_dir():
+        return Path("experiments").resolve()
+    raise UserError("no ./experiments here: change to the project's folder, or name one with --dir")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if re.match(r"\d{3}_", path.name) and (path / "config.yaml").is_file())
+
+
+def all_experiments(directory: Path | None = None) -> list[Experiment]:
+    """Every experiment, by number."""
+    return [load(str(path)) for path in _numbered(experiments_folder(directory))]
+
+
+def load(name: str, directory: Path | None = None) -> Experiment:
+    """An experiment by number, by name, or by its folder's path; raises UserError where there is none or its config is broken."""
+    path = Path(name)
+    if not (path / "config.yaml").is_file() or (directory is not None and not path.is_absolute()):
+        folder = experiments_folder(directory)
+        found = [one for one in _numbered(folder) if name in (one.name, one.name[:3], one.name[4:])]
+        if not found:
+            raise UserError(f"no experiment '{name}' in {folder}; {suggest(name, [one.name for one in _numbered(folder)])}")
+        path = found[0]
+    raw = read_yaml(path / "config.yaml")
+    return Experiment(path.resolve(), parse(ExperimentConfig, raw, str(path / "config.yaml")), raw)
+
+
+# ---- planning
+
+
+def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
+    """The configs of every wanted run; raises UserError for an unknown preset, method or key."""
+    where = str(experiment.path / "config.yaml")
+    preset = options.preset or experiment.config.preset
+    named = set(experiment.config.presets) | {name for spec in experiment.config.runs for name in spec.presets}
+    if preset is not None and preset not in named:
+        raise UserError(f"{where} has no preset '{preset}'; {suggest(preset, sorted(named)) if named else 'it has none'}")
+    chosen = experiment.config.presets.get(preset, {}) if preset else {}
+    whole = parse(ExperimentConfig, merge(experiment.raw, chosen), f"{where}, preset {preset}")
+    methods = list(dict.fromkeys(spec.method for spec in whole.runs))
+    for name in options.only:
+        if name not in methods:
+            raise UserError(f"--only {name}: the experiment has no such method; {suggest(name, methods)}")
+    common = whole.model_dump(mode="json", include={"data", "eval", "train"})
+    common["target"] = options.target or whole.target
+    made = []
+    for spec in whole.runs:
+        if not options.only or spec.method in options.only:
+            made += _spec_configs(spec, preset, common, options.seeds or whole.seeds, options.set, where)
+    return made
+
+
+def _spec_configs(
+    spec: RunSpec, preset: str | None, common: dict, seeds: tuple[int, ...], sets: tuple[str, ...], where: str
+) -> list[RunConfig]:
+    raw = spec.model_dump(mode="json", exclude={"presets"})
+    spec = parse(RunSpec, merge(raw, spec.presets.get(preset, {}) if preset else {}), f"{where}, preset {preset} of {spec.method}")
+    points: list[dict[str, Any]] = [spec.config]
+    for key, values in spec.sweep.items():
+        points = [{**point, key: value} for point in points for value in values]
+    made = []
+    for seed in seeds:
+        for point in points:
+            base = {**common, "method": spec.method, "layers": spec.layers, "seed": seed, "method_config": point}
+            made += [parse(RunConfig, merge(base, over), where if not sets else f"{where} with --set") for over in parse_set(list(sets))]
+    return made
+
+
+def plan(experiment: Experiment, options: Options) -> Plan:
+    """Name every wanted run, which takes the target and its data; methods that do not apply are left out, with the reason."""
+    from decomp_bench import data, targets
+
+    wanted = configs(experiment, options)
+    if len({(config.target, config.data) for config in wanted}) > 1:
+        raise UserError("an experiment runs on one target and one data set at a time; give target and data one value each")
+    made = Plan(experiment, options.preset or experiment.config.preset, wanted[0].target if wanted else experiment.config.target, [])
+    target = targets.load(made.target)
+    source = data.source(target, wanted[0].data)
+    made.wanted = _resolved(wanted, target, source, made.left_out)
+    seeds = {*experiment.config.seeds, *options.seeds, *_seeds_in(made.folder)}
+    whole = configs(experiment, Options(made.preset, seeds=tuple(sorted(seeds)), target=options.target))
+    everything = _resolved(whole, target, source, [], strict=False) if not options.set else []
+    made.every = {one.id for one in (*everything, *made.wanted)}
+    return made
+
+
+def _resolved(wanted: Sequence[RunConfig], target: Any, source: Any, left_out: list[str], strict: bool = True) -> list[ResolvedRun]:
+    from decomp_bench.registry import method
+
+    found: dict[str, ResolvedRun] = {}
+    for config in wanted:
+        try:
+            reason = method(config.method).skip(target, target.layer_tuple(config.layers))
+            if reason:
+                left_out.append(f"{config.method}: {reason}")
+                continue
+            one = resolve(config, target, source, "the experiment")
+            found[one.id] = one
+        except Exception:  # a method that nobody asked for may be broken
+            if strict:
+                raise
+    left_out[:] = dict.fromkeys(left_out)
+    return list(found.values())
+
+
+def _seeds_in(folder: Path) -> set[int]:
+    from decomp_bench import results
+
+    try:
+        return {int(seed) for seed in results.read(folder / "results.parquet")["seed"].dropna().unique()}
+    except ValueError:
+        return set()
+
+
+def estimate(config: RunConfig) -> float:
+    """Seconds that a run takes on one core, roughly: the rows that it trains on at the rate usual for its kind, and its evaluation."""
+    from decomp_bench.registry import method
+
+    kind = method(config.method)
+    own = parse(kind.Config, config.method_config, config.method)
+    if not kind.trainable or own.steps == 0:
+        return 15.0
+    rows = own.steps * own.batch
+    return 15.0 + (rows * (config.data.context or 256) / 3000 if kind.trains_on == "sequences" else rows / 12000)
+
+
+def _apart(config: RunConfig) -> list[Any]:
+    from decomp_bench.registry import method
+
+    kind = method(config.method)
+    return [kind.trains_on if kind.trainable else "none", config.target, config.data.model_dump(), config.train.model_dump()]
+
+
+def status(plan: Plan) -> list[dict[str, Any]]:
+    """One entry for each wanted run: id, status (missing where nothing is there yet) and the estimated seconds."""
+    rows = []
+    for one in plan.wanted:
+        run = Run(runs_folder() / one.id)
+        there = run.path.is_dir()
+        rows.append(
+            {
+                "id": one.id,
+                "method": one.config.method,
+                "seed": one.config.seed,
+                "status": run.status if there else "missing",
+                "seconds": round(estimate(one.config)),
+                "path": str(run.path) if there else "",
+            }
+        )
+    return rows
+
+
+# ---- running
+
+
+def default_workers(config: TrainConfig) -> int:
+    """As many as the cores carry; one where a GPU does the work, which a list of runs shares better than processes do."""
+    from decomp_bench.provenance import cores, has_nvidia
+
+    if config.device.startswith("cuda") or (config.device == "auto" and has_nvidia()):
+        return 1
+    return max(1, cores() // config.threads)
+
+
+def run(experiment: Experiment, options: Options, report: Callable[[Overview], None] | None = None) -> Outcome:
+    """Execute the missing runs in workers and gather the results; a run that fails is reported, not raised."""
+    from decomp_bench.workers import chunked, launch
+
+    with folder_at(experiment.root / "results" / "runs"):
+        made = plan(experiment, options)
+        todo = [one for one, row in zip(made.wanted, status(made), strict=True) if not _settled(row, options.existing)]
+        failures: list[str] = []
+        if todo:
+            todo_configs = [one.config for one in todo]
+            workers = options.workers or default_workers(todo_configs[0].train)
+            groups = launch(chunked(todo_configs, estimate, _apart, workers), workers, options.existing, experiment.name, report)
+            failures = [f"{group.label}: {group.error}" for group in groups if group.error]
+            failures += [f"{one.id}: {one.manifest.get('error')}" for group in groups for one in group.runs if one.status == "failed"]
+        frame = collect(made)
+        figures: list[Path] = []
+        try:
+            figures = draw(made.folder) if frame is not None else []
+        except UserError as error:  # the results stand without their figures
+            failures.append(f"figures: {error}")
+    return Outcome(made, frame, len(todo), failures, figures)
+
+
+def _settled(row: dict[str, Any], existing: Existing) -> bool:
+    if row["status"] == "missing" or existing == "overwrite":
+        return False
+    if existing == "error":
+        raise UserError(f"run {row['id']} exists; use --existing resume, skip or overwrite")
+    return existing == "skip" or (row["status"] == "done" and Run(Path(row["path"])).evaluated)

@@ -1,0 +1,95 @@
+"""One results folder for each experiment and target: the rows of its runs, what they were made with, and the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from decomp_bench.errors import UserError
+from decomp_bench.runs import Run, runs_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from decomp_bench.experiment import Plan
+
+FIGURES_OF = ("ce_delta", "output_mse", "fvu")
+DOCUMENTS_LIMIT = 4_000_000
+"""Bytes of per-document results that are kept beside an experiment's results; more stays in the run folders."""
+
+
+def collect(plan: Plan) -> pd.DataFrame | None:
+    """Gather every finished run of the experiment into its results folder. Rows of runs that no longer belong to it are dropped.
+
+    Rows that were already there stay where their run is still one that this config, code and data would make.
+    """
+    import pandas as pd
+
+    from decomp_bench import results
+
+    done = [run for run in (Run(runs_folder() / one) for one in sorted(plan.every)) if run.path.is_dir() and run.evaluated]
+    frames = [one.results() for one in done]
+    try:
+        before = results.read(plan.folder / "results.parquet")
+        frames.append(before[before["run_id"].isin(plan.every - {one.id for one in done})])
+    except ValueError:
+        pass
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        return None
+    frame = pd.concat(frames, ignore_index=True).assign(experiment=plan.experiment.name)
+    frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True).astype({"experiment": "string"})
+    results.write(frame, plan.folder / "results.parquet")
+    whole = (frame["layer"] == "all") & (frame["site"] == "all")  # the CSV is for reading; every layer and site is in the parquet
+    results.write(frame[whole], plan.folder / "results.csv")
+    _collect_documents(done, plan.folder)
+    _collect_manifests(done, plan, set(frame["run_id"]))
+    return frame
+
+
+def _collect_documents(done: list[Run], folder: Path) -> None:
+    """Per-document results beside the others where they are small; a file that would be incomplete or too large is not left there."""
+    import pandas as pd
+
+    from decomp_bench import results
+
+    path = folder / "documents.parquet"
+    files = [run.path / "documents.parquet" for run in done if (run.path / "documents.parquet").is_file()]
+    path.unlink(missing_ok=True)
+    if files and sum(file.stat().st_size for file in files) <= 2 * DOCUMENTS_LIMIT:
+        results.write(pd.concat([pd.read_parquet(file) for file in files], ignore_index=True), path)
+        if path.stat().st_size > DOCUMENTS_LIMIT:
+            path.unlink()
+
+
+def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
+    """manifest.json: for every run in the results its manifest and config, so that the run folders need not be kept."""
+    from decomp_bench.checkpoint import write_json
+
+    path = plan.folder / "manifest.json"
+    try:
+        runs = {key: value for key, value in json.loads(path.read_text())["runs"].items() if key in kept}
+    except (OSError, ValueError, KeyError):
+        runs = {}
+    runs |= {one.id: {**one.manifest, "config": one.config.model_dump(mode="json")} for one in done}
+    write_json({"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}, path)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw every figure of a results folder into its figures/."""
+    from decomp_bench import analysis, results
+
+    try:
+        frame = results.read(folder / "results.parquet")
+        protocols = tuple(name for name in analysis.PROTOCOLS if name in set(frame["protocol"]))
+        there = set(frame["metric"])
+        figures = analysis.paretos(frame, ys=tuple(y for y in FIGURES_OF if y in there), view=analysis.View(protocols=protocols))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    paths: list[Path] = []
+    for name, figure in figures.items():
+        if name.endswith(tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")):
+            continue  # one narrow figure for each pair of axes is enough
+        paths += analysis.save(figure, folder / "figures" / name)
+    return paths

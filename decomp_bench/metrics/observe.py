@@ -1,0 +1,174 @@
+"""From one replaced pass to sums per row: the quantities that the catalogue's metrics are functions of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from decomp_bench.data.statistics import OutputStatistics
+from decomp_bench.data.streams import positions
+from decomp_bench.decomposer import Batch, Decomposer, Site
+from decomp_bench.replacement import Replaced, ablated, unit_of
+
+RowSums = dict[tuple[str, str], Tensor]
+"""(quantity, part) -> [B], one sum for each row."""
+
+
+@dataclass
+class Scored:
+    """A batch with what every condition needs of it: scored positions, scored next tokens, clean log-probabilities."""
+
+    batch: Batch
+    kept: Bool[Tensor, "*rows"]
+    """Positions whose replacement counts, first one cut off for language models."""
+    next_kept: Bool[Tensor, "B T2"] | None
+    clean_logp: Float[Tensor, "B T2 vocab"] | None
+
+    @staticmethod
+    def of(batch: Batch, is_lm: bool) -> Scored:
+        """Positions 1 to the last are scored for codes and outputs; those with a real next token for cross-entropy."""
+        kept = positions(batch, is_lm)
+        if not is_lm:
+            return Scored(batch, kept, None, None)
+        assert batch.logits is not None
+        return Scored(batch, kept[:, 1:], kept[:, 2:], log_probabilities(batch.logits))
+
+
+def log_probabilities(logits: Float[Tensor, "B T vocab"]) -> Float[Tensor, "B T2 vocab"]:
+    """Log-softmax in fp32 at positions 1 to T - 2: those that are scored and have a next token."""
+    return torch.log_softmax(logits[:, 1:-1].float(), -1)
+
+
+def base_sums(scored: Scored) -> RowSums:
+    """Quantities of the clean pass: tokens, targets, clean cross-entropy."""
+    sums: RowSums = {("tokens", "all"): _rows(scored.kept.double())}
+    if scored.clean_logp is not None and scored.next_kept is not None:
+        sums["targets", "all"] = _rows(scored.next_kept.double())
+        sums["ce_clean", "all"] = _rows(_cross_entropy(scored, scored.clean_logp))
+    return sums
+
+
+def behaviour_sums(scored: Scored, logits: Tensor, part: str) -> RowSums:
+    """Cross-entropy, KL and top-1 agreement of a replaced output; squared error for a toy."""
+    batch = scored.batch
+    assert batch.logits is not None
+    if scored.clean_logp is None or scored.next_kept is None:
+        return {("output_error", part): (logits - batch.logits).double().square().flatten(1).mean(1)}
+    logp = log_probabilities(logits)
+    kl = (scored.clean_logp.exp() * (scored.clean_logp - logp)).sum(-1)
+    same = logp.argmax(-1) == scored.clean_logp.argmax(-1)
+    return {
+        ("ce", part): _rows(_cross_entropy(scored, logp)),
+        ("kl", part): _rows(kl.double() * scored.next_kept),
+        ("agreement", part): _rows((same & scored.next_kept).double()),
+    }
+
+
+def ablation_sums(scored: Scored, target, constants: dict[int, Tensor], name: str, part: str) -> RowSums:
+    """Cross-entropy with MLP outputs held at constants, as quantity `name`; nothing for a toy."""
+    if scored.clean_logp is None:
+        return {}
+    return {(name, part): _rows(_cross_entropy(scored, log_probabilities(ablated(target, scored.batch, constants))))}
+
+
+def output_sums(scored: Scored, out: Replaced, statistics: OutputStatistics, first: int) -> RowSums:
+    """Squared errors of each replaced MLP's output against the clean one, with the denominators of FVU and norm-MSE."""
+    sums: RowSums = {}
+    for layer, value in out.outputs.items():
+        clean = scored.batch.clean[f"{layer}.mlp.out"]
+        clean = (clean[:, 1:] if first else clean).double()
+        error = (clean - value.double()).square().sum(-1) * scored.kept
+        variance = (clean - statistics.mean[layer]).square().sum(-1) * scored.kept
+        usual = clean.norm(dim=-1) <= statistics.largest[layer]
+        part = str(layer)
+        sums |= {
+            ("error", part): _rows(error),
+            ("variance", part): _rows(variance),
+            ("power", part): _rows(clean.square().sum(-1) * scored.kept),
+            ("error_trimmed", part): _rows(error * usual),
+            ("variance_trimmed", part): _rows(variance * usual),
+        }
+    return sums
+
+
+def code_sums(scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[Site]) -> RowSums:
+    """Active components of each site, and the scalars in their vectors."""
+    sums: RowSums = {}
+    for site in sites:
+        active = out.codes[site.name].active & scored.kept[..., None]
+        size = decomposer.component_sizes(site)
+        count = active.sum(-1).double()
+        scalars = count * size if isinstance(size, int) else active.double() @ size.double().to(active.device)
+        sums |= {("active", site.name): _rows(count), ("active_scalars", site.name): _rows(scalars)}
+    return sums
+
+
+class Liveness:
+    """Component counts over the whole evaluation: firing, activation mass, and the histogram of active components per token."""
+
+    def __init__(self) -> None:
+        self.fired: dict[str, Tensor] = {}
+        self.mass: dict[str, Tensor] = {}
+        self.histogram = torch.zeros(1, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[Site]) -> None:
+        """Take in one pass."""
+        a_token: Tensor | None = None
+        for site in sites:
+            codes = out.codes[site.name]
+            active = codes.active & scored.kept[..., None]
+            flat = active.flatten(0, -2)
+            fired = flat.sum(0).double().cpu()
+            mass = (codes.value.abs() * active).flatten(0, -2).sum(0).double().cpu() * write_norms(decomposer, site)
+            self.fired[site.name] = self.fired.get(site.name, 0) + fired
+            self.mass[site.name] = self.mass.get(site.name, 0) + mass
+            if unit_of(site.slots[0].write).endswith("mlp"):
+                a_token = active.sum(-1) if a_token is None else a_token + active.sum(-1)
+        self.tokens += int(scored.kept.sum())
+        if a_token is not None:
+            counts = torch.bincount(a_token[scored.kept].cpu()).double()
+            size = max(len(counts), len(self.histogram))
+            self.histogram = _padded(self.histogram, size) + _padded(counts, size)
+
+    def sums(self, mlps: float, dense: float) -> dict[tuple[str, str], float]:
+        """The quantities behind the liveness metrics."""
+        found: dict[tuple[str, str], float] = {}
+        for name, fired in self.fired.items():
+            mass = self.mass[name]
+            found |= {
+                ("fired", name): float((fired > 0).sum()),
+                ("silent", name): float((fired == 0).sum()),
+                ("dense", name): float((fired > dense * self.tokens).sum()),
+                ("effective", name): float(mass.sum() ** 2 / mass.square().sum().clamp_min(1e-300)),
+            }
+        share = self.histogram.cumsum(0) / self.histogram.sum().clamp_min(1)
+        if self.histogram.sum() > 0:
+            found["l0_median", "all"] = int((share < 0.5).sum()) / mlps
+            found["l0_p95", "all"] = int((share < 0.95).sum()) / mlps
+        return found
+
+
+def write_norms(decomposer: Decomposer, site: Site) -> Tensor:
+    """Norm of each component's write vectors over all its slots [n]; ones where components have no directions."""
+    found = [decomposer.directions(site, slot) for slot in site.slots]
+    if any(pair is None for pair in found):
+        return torch.ones(site.n, dtype=torch.float64)
+    return torch.stack([pair[1].detach().double().cpu().square().sum(-1) for pair in found if pair is not None]).sum(0).sqrt()
+
+
+def _cross_entropy(scored: Scored, logp: Tensor) -> Tensor:
+    assert scored.batch.x is not None and scored.next_kept is not None
+    nll = -logp.gather(-1, scored.batch.x[:, 2:, None]).squeeze(-1)
+    return nll.double() * scored.next_kept
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+
+def _padded(value: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(value, (0, size - len(value)))

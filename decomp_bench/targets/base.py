@@ -1,0 +1,183 @@
+"""A frozen model behind one face: capture at points, replace modules, logits, identity."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from decomp_bench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a family of models keeps its parts: module paths, `{}` standing for the layer."""
+
+    block: str
+    mlp: str
+    attn: str | None
+    maps: Mapping[str, str]
+    """Canonical name (`mlp.up`, `attn.q`) to module path."""
+    body: str | None = None
+    """Path of the model without its output head; None: the model itself."""
+
+
+class TargetModel:
+    """A frozen network in evaluation mode.
+
+    `uri` names it, `identity` is a hash of its weights, `layers` counts blocks, `width` is the residual width. `task` is `lm` for
+    a language model (token ids [B, T] in, logits [B, T, vocab] out; compared by KL) and `regression` for a toy (rows in, rows out;
+    compared by squared error). `keeps_first` says that the first position of a row is never replaced nor scored.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        module: nn.Module,
+        architecture: Architecture,
+        layers: int,
+        width: int,
+        task: Literal["lm", "regression"],
+        tokenizer: Any = None,
+        context: int = 0,
+        device: str | torch.device = "cpu",
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.uri, self.module, self.architecture = uri, module.eval().requires_grad_(False).to(device), architecture
+        self.layers, self.width, self.task = layers, width, task
+        self.tokenizer, self.context, self.about = tokenizer, context, about or {}
+        self.identity = identity(module)
+        modules = dict(module.named_modules())
+        self.map_paths = {
+            f"{layer}.{name}": path.format(layer)
+            for layer in range(layers)
+            for name, path in architecture.maps.items()
+            if path.format(layer) in modules
+        }
+
+    @property
+    def is_lm(self) -> bool:
+        return self.task == "lm"
+
+    @property
+    def keeps_first(self) -> bool:
+        return self.task == "lm"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: str | torch.device) -> TargetModel:
+        """Move the weights; returns itself."""
+        self.module.to(device)
+        return self
+
+    # ---- places
+
+    def path(self, point: str) -> str:
+        """Module path behind a point's prefix: `2.mlp` and `2.attn` units, `2` a block, `2.mlp.up` a linear map."""
+        if point in self.map_paths:
+            return self.map_paths[point]
+        layer, _, part = point.partition(".")
+        template = {"": self.architecture.block, "mlp": self.architecture.mlp, "attn": self.architecture.attn}.get(part)
+        if template is None or not layer.isdigit() or int(layer) >= self.layers:
+            raise UserError(f"{self.uri} has no point '{point}'; linear maps of a layer: {', '.join(sorted(self.architecture.maps))}")
+        return template.format(layer)
+
+    def part(self, point: str) -> nn.Module:
+        """The module behind a point's prefix, as in `path`."""
+        return self.module.get_submodule(self.path(point))
+
+    def maps(self, layer: int, unit: str = "mlp") -> list[str]:
+        """Points of a unit's linear maps, in the order in which the unit runs them."""
+        return [p for p in self.map_paths if p.startswith(f"{layer}.{unit}.")]
+
+    def weight(self, point: str) -> Float[Tensor, "d_out d_in"]:
+        """Weight of a linear map, oriented like nn.Linear."""
+        return self.part(point).weight  # type: ignore[return-value]
+
+    def bias(self, point: str) -> Float[Tensor, " d_out"] | None:
+        """Bias of a linear map, or None."""
+        return self.part(point).bias  # type: ignore[return-value]
+
+    def size(self, point: str) -> int:
+        """Width of the activations read at a point."""
+        return self.weight(point).shape[1] if point in self.map_paths else self.width
+
+    def layer_tuple(self, layers: tuple[int, ...] | Literal["all"]) -> tuple[int, ...]:
+        """`all` or a choice of layers as a sorted tuple; raises UserError for a layer that the target lacks."""
+        if layers == "all":
+            return tuple(range(self.layers))
+        wrong = [layer for layer in layers if not 0 <= layer < self.layers]
+        if wrong or not layers:
+            raise UserError(f"{self.uri} has layers 0 to {self.layers - 1}; got {', '.join(map(str, wrong)) or 'none'}")
+        return tuple(sorted(set(layers)))
+
+    # ---- running
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The model's output: logits [B, T, vocab], or a toy's output rows."""
+        return self.module(input_ids=x, use_cache=False).logits if self.is_lm else self.module(x)
+
+    def body(self, x: Tensor) -> None:
+        """Run everything but the output head, for what is captured on the way."""
+        if self.is_lm and self.architecture.body:
+            self.module.get_submodule(self.architecture.body)(input_ids=x, use_cache=False)
+        else:
+            self(x)
+
+    @torch.no_grad()
+    def clean(self, x: Tensor, points: Iterable[str], logits: bool = True) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Activations at points and, if asked, the output, of the untouched model. `2.resid` is what block 2 reads."""
+        found: dict[str, Tensor] = {}
+        handles = [self._capture(point, found) for point in sorted(set(points))]
+        try:
+            output = self(x) if logits else self.body(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found, output
+
+    def _capture(self, point: str, found: dict[str, Tensor]):
+        prefix, _, end = point.rpartition(".")
+        if point in self.map_paths:
+            prefix, end = point, "in"
+        module = self.part(prefix)
+        if end == "out":
+            return module.register_forward_hook(lambda _m, _a, out: found.__setitem__(point, out[0] if isinstance(out, tuple) else out))
+
+        def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            found[point] = args[0] if args else kwargs["hidden_states"]
+
+        return module.register_forward_pre_hook(keep, with_kwargs=True)
+
+    @contextmanager
+    def swapped(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Put modules in place of those at these paths while the context lasts, and the originals back whatever happens."""
+        originals = {path: self.module.get_submodule(path) for path in modules}
+        try:
+            for path, module in modules.items():
+                self._put(path, module)
+            yield
+        finally:
+            for path, module in reversed(originals.items()):  # outer modules first: inner paths lead through them
+                self._put(path, module)
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        self.module.get_submodule(parent)._modules[name] = module
+
+
+def identity(module: nn.Module) -> str:
+    """Hash of a module's parameters and buffers: names, shapes and values (16 hex digits)."""
+    state = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        state.update(f"{name}{tuple(value.shape)}".encode())
+        state.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]

@@ -1,0 +1,64 @@
+"""Rows of tokens as tensors, for training and scoring the embedded target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decomp_bench.data.documents import Document
+from decomp_bench.data.text import to_rows
+
+CONTEXT = 256  # tokens in a row, the leading BOS among them
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens: BOS, then a piece of one document, then padding.
+
+    tokens: [rows, context] int64; lengths: [rows] tokens of each row without padding (BOS counts); document: [rows] the
+    index of the document that a row was cut from. A row never mixes documents. The padding is BOS too: use `lengths`.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    document: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, index: Tensor) -> Rows:
+        """Some of the rows, cut to the longest among them."""
+        lengths = self.lengths[index]
+        longest = int(lengths.max()) if len(index) else 0
+        return Rows(self.tokens[index, :longest], lengths, self.document[index])
+
+    def head(self, n: int) -> Rows:
+        """The first rows."""
+        return self.take(torch.arange(min(n, len(self))))
+
+    def predicted(self) -> Tensor:
+        """[rows, width - 1] bool: which tokens after the BOS are real, hence predicted and scored."""
+        return torch.arange(1, self.tokens.shape[1]) < self.lengths[:, None]
+
+    @property
+    def n_predicted(self) -> int:
+        """The number of tokens that are scored: all real ones but the BOS."""
+        return int((self.lengths - 1).sum())
+
+
+def rows_of(documents: list[Document], tokenizer: Any, context: int, split: str) -> Rows:
+    """The rows of some documents, cut as every evaluation cuts them."""
+    rows = to_rows(documents, tokenizer, context, split)
+    return Rows(*(torch.from_numpy(part.astype(np.int64)) for part in (rows.tokens, rows.length, rows.doc)))
+
+
+def batches(rows: Rows, size: int) -> Iterable[Rows]:
+    """All rows in groups of similar length, so that little padding is computed; the order is the same every time."""
+    order = torch.argsort(rows.lengths, stable=True)
+    for start in range(0, len(rows), size):
+        yield rows.take(order[start : start + size])

@@ -1,0 +1,1 @@
+"""The methods: one file each; parts that several share begin with an underscore."""

@@ -1,0 +1,181 @@
+"""Kernels that touch only active components: exact selection, and encoding and decoding at a sparse set of entries.
+
+A support is the set of active entries of a code matrix [rows, features], kept as sorted flat indices. On the CPU, selection goes
+through a partition of numbers (numpy's vectorised quickselect, several times faster than sorting or torch.topk), and every product
+with the codes, forward and backward, is an `embedding_bag` over active entries; no [rows, features] gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+@dataclass
+class Support:
+    """Active entries of a code matrix [rows, features]: `index` holds the sorted positions in the flattened matrix."""
+
+    rows: int
+    features: int
+    index: Int[Tensor, " active"]
+    row: Int[Tensor, " active"] = field(init=False)
+    col: Int[Tensor, " active"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row = torch.div(self.index, self.features, rounding_mode="floor")
+        self.col = self.index - self.row * self.features
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " rows_1"]:
+        """Where each row's entries begin; one more number than there are rows."""
+        return torch.searchsorted(self.row, torch.arange(self.rows + 1, device=self.index.device))
+
+    @cached_property
+    def by_feature(self) -> tuple[Int[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " features_1"]]:
+        """The same entries ordered by feature: the order, the rows in that order, and where each feature's entries begin."""
+        if self.col.device.type == "cpu" and self.features <= 1 << 16:  # numpy sorts 16-bit keys by radix
+            order = torch.from_numpy(np.argsort(self.col.numpy().astype(np.uint16), kind="stable"))
+        else:
+            order = torch.argsort(self.col, stable=True)
+        bounds = torch.arange(self.features + 1, device=self.col.device)
+        return order, self.row.index_select(0, order), torch.searchsorted(self.col.index_select(0, order), bounds)
+
+    def counts(self, values: Float[Tensor, " active"]) -> Float[Tensor, " features"]:
+        """How many entries of each feature are positive."""
+        order, _, starts = self.by_feature
+        return torch.segment_reduce((values > 0).to(values.dtype).index_select(0, order), "sum", offsets=starts, initial=0.0)
+
+    def gate(self) -> Float[Tensor, "rows features"]:
+        """The support as a dense matrix of zeros and ones."""
+        flat = torch.zeros(self.rows * self.features, device=self.index.device)
+        return flat.index_fill_(0, self.index, 1.0).view(self.rows, self.features)
+
+
+def support_of(mask: Bool[Tensor, "rows features"]) -> Support:
+    """The support of a dense mask."""
+    rows, features = mask.shape
+    if mask.device.type == "cpu":
+        return Support(rows, features, torch.from_numpy(np.flatnonzero(mask.numpy())))
+    return Support(rows, features, mask.flatten().nonzero().squeeze(1))
+
+
+def top_of_batch(pre: Float[Tensor, "rows features"], count: int, hint: float = 0.0) -> Support:
+    """The `count` largest positive entries of the whole matrix.
+
+    `hint`, a guess below the smallest selected entry, saves time on the CPU and never changes the result. Elsewhere the support has
+    exactly `count` entries (no wait for the device), some of them perhaps not positive.
+    """
+    rows, features = pre.shape
+    if pre.device.type != "cpu":
+        return Support(rows, features, pre.flatten().topk(min(count, pre.numel()), sorted=False).indices.sort().values)
+    flat = pre.detach().numpy().reshape(-1)
+    index = np.flatnonzero(flat > max(hint, 0.0))
+    if len(index) < count and hint > 0:
+        index = np.flatnonzero(flat > 0)
+    if len(index) > count:
+        values = flat[index]
+        threshold = np.partition(values, len(values) - count)[len(values) - count]
+        kept = values > threshold
+        kept[np.flatnonzero(values == threshold)[: count - int(kept.sum())]] = True  # ties: the first ones
+        index = index[kept]
+    return Support(rows, features, torch.from_numpy(index))
+
+
+def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*rows features"]:
+    """Which entries are among the k largest of their row, and positive."""
+    if k >= pre.shape[-1]:
+        return pre > 0
+    if pre.device.type == "cpu":
+        values = pre.detach().numpy()
+        smallest = np.partition(values, -k, axis=-1)[..., -k, None]
+        mask = torch.from_numpy((values >= smallest) & (values > 0))
+        if int(mask.sum()) <= k * (pre.numel() // pre.shape[-1]):  # else a tie let too many in
+            return mask
+    index = pre.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, index, True) & (pre > 0)
+
+
+class _EncodeAt(torch.autograd.Function):
+    """x W^T + b at the entries of a support, from pre-activations that are already known."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, pre, support):
+        ctx.save_for_backward(x, weight)
+        ctx.support = support
+        return pre.reshape(-1).index_select(0, support.index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        support: Support = ctx.support
+        order, row, starts = support.by_feature
+        ordered = grad.index_select(0, order)
+        d_weight = _bag(row, x, starts, ordered) if ctx.needs_input_grad[1] else None
+        d_bias = torch.segment_reduce(ordered, "sum", offsets=starts, initial=0.0) if ctx.needs_input_grad[2] else None
+        d_x = _bag(support.col, weight, support.starts, grad) if ctx.needs_input_grad[0] else None
+        return d_x, d_weight, d_bias, None, None
+
+
+class _DecodeAt(torch.autograd.Function):
+    """codes @ W where the codes are zero outside a support."""
+
+    @staticmethod
+    def forward(ctx, values, weight, support):
+        ctx.save_for_backward(values, weight)
+        ctx.support = support
+        return _bag(support.col, weight, support.starts, values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, weight = ctx.saved_tensors
+        support: Support = ctx.support
+        grad = grad.contiguous()
+        d_values = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_values = _dot_at(grad, weight, support)
+        if ctx.needs_input_grad[1]:
+            order, row, starts = support.by_feature
+            d_weight = _bag(row, grad, starts, values.index_select(0, order))
+        return d_values, d_weight, None
+
+
+def encode_at(
+    x: Float[Tensor, "rows d"],
+    weight: Float[Tensor, "features d"],
+    bias: Float[Tensor, " features"],
+    pre: Float[Tensor, "rows features"],
+    support: Support,
+) -> Float[Tensor, " active"]:
+    """Pre-activations at a support; differentiable in x, weight and bias, given pre = x weight^T + bias."""
+    return _EncodeAt.apply(x, weight, bias, pre, support)  # type: ignore[return-value]
+
+
+def decode_at(values: Float[Tensor, " active"], weight: Float[Tensor, "features d"], support: Support) -> Float[Tensor, "rows d"]:
+    """codes @ weight for codes that are `values` at a support and zero elsewhere; differentiable in values and weight."""
+    return _DecodeAt.apply(values, weight, support)  # type: ignore[return-value]
+
+
+def _bag(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights * table[index] within each group that `starts` bounds."""
+    return F.embedding_bag(index, table, starts[:-1], mode="sum", per_sample_weights=weights)
+
+
+def _dot_at(a: Float[Tensor, "rows d"], b: Float[Tensor, "features d"], support: Support) -> Float[Tensor, " active"]:
+    """The entries of a b^T at a support."""
+    if support.index.numel() == 0:
+        return a.new_zeros(0)
+    if a.device.type == "cuda" or (a.device.type == "cpu" and torch.backends.mkl.is_available()):
+        zeros = torch.sparse_csr_tensor(
+            support.starts, support.col, a.new_zeros(support.index.numel()), (support.rows, support.features), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(zeros, a, b.t(), beta=0.0).values()
+    return (a @ b.t()).reshape(-1).index_select(0, support.index)

@@ -1,0 +1,422 @@
+"""Stochastic Parameter Decomposition: weight matrices as sums of rank-one components, few of which matter at any one position.
+
+Bushnaq, Braun and Sharkey 2025 (arXiv 2506.20790), in the later form of its authors' code ("main"): straight-through importances, the
+weight delta as a masked remainder, faithfulness warm-up, uniform-k-subset routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from decomp_bench.config import MethodConfig
+from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
+
+from ._components import Components, RoutedCodes, faithfulness, masked_map, neuron_components, random_components, strengths, warm_up
+from ._importance import Penalty, ScalarGates, SharedGates, annealed, importances
+from ._masks import Uniforms, interpolate, uniform_subset
+
+if TYPE_CHECKING:
+    from decomp_bench.targets import TargetModel
+
+SPARE = 1.125
+"""Components for each neuron where the config gives no number: every neuron could be one, and some are left over."""
+
+
+class SPDConfig(MethodConfig):
+    """Training settings; importances and penalties are per position, losses are means over real positions."""
+
+    components: PositiveInt | None = None
+    """Components of each matrix; None: 1.125 for each neuron of the MLP (of the residual stream for attention maps)."""
+    attention: bool = False
+    """Decompose q, k, v and o too."""
+    init: Literal["random", "neuron"] = "neuron"
+    """neuron: component c starts as neuron c of the MLP, so that W is matched exactly; attention maps always start at random."""
+    gate: Literal["shared", "scalar"] = "shared"
+    """shared: one MLP of what an MLP (attention) reads for all its components; scalar: a tiny MLP of each inner activation."""
+    gate_hidden: tuple[PositiveInt, ...] = (192,)
+    gate_bias: float = 0.2
+    """Initial bias of the logits: components start let through."""
+    gate_lr: PositiveFloat = 4e-3
+    gate_clip: PositiveFloat | None = 1.0
+    sigmoid: Literal["straight_through", "leaky"] = "straight_through"
+    """Lower importance: the main form, or the paper's, whose masks go slightly negative in training."""
+    importance: NonNegativeFloat = 2e-3
+    """Weight of importance minimality: the point on the curve."""
+    penalty: Literal["smooth_l0", "lp"] = "smooth_l0"
+    gamma: PositiveFloat = 1.0
+    gamma_end: PositiveFloat | None = 0.1
+    """Width of smooth L0, annealed geometrically."""
+    p: PositiveFloat = 2.0
+    p_end: PositiveFloat | None = None
+    """Exponent of L_p, annealed linearly."""
+    p_eps: NonNegativeFloat = 1e-12
+    anneal_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+    anneal_to: Annotated[float, Field(gt=0, le=1)] = 1.0
+    beta: NonNegativeFloat = 0.0
+    """Weight of the frequency term inside importance minimality."""
+    faithfulness: NonNegativeFloat = 1e4
+    stochastic: NonNegativeFloat = 0.0
+    """Weight of reconstruction with every map masked at once."""
+    layerwise: NonNegativeFloat = 0.0
+    """Weight of reconstruction with one map masked at a time."""
+    subset: NonNegativeFloat = 1.0
+    """Weight of reconstruction with a random subset of maps masked, drawn for each position."""
+    samples: PositiveInt = 1
+    """Mask draws behind each reconstruction term."""
+    delta: bool = True
+    """Let the remainder W - VU through by a random amount in masked passes."""
+    warmup_faith: NonNegativeInt = 400
+    """Steps of faithfulness alone before training; skipped where the initial components already sum to W."""
+    warmup_faith_lr: PositiveFloat = 1e-2
+    warmup_faith_decay: NonNegativeFloat = 0.0
+    steps: NonNegativeInt = 1500
+    batch: PositiveInt = 2
+    lr: PositiveFloat = 2e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    decay_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+    lr_end: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+@dataclass
+class _Rows:
+    """The positions that are trained on: their indices among the replaced ones (None: all), and the weights of their mean."""
+
+    index: Tensor | None
+    weight: Float[Tensor, " rows"]
+    count: float | Tensor
+    place: Tensor | None = None
+    """Indices of the same positions among all, those that are never replaced included."""
+
+    def of(self, value: Float[Tensor, "*rows d"]) -> Float[Tensor, "rows d"]:
+        """The chosen rows of a value at all replaced positions."""
+        value = value.reshape(-1, value.shape[-1])
+        return value if self.index is None else value.index_select(0, self.index)
+
+
+class SPD(Decomposer):
+    """See the module."""
+
+    name = "spd"
+    summary = "rank-one components of weight matrices under stochastic masks"
+    Config = SPDConfig
+    kind = "replacement"
+    trains_on = "sequences"
+    swept = ("k", "threshold", "mask", "delta")
+    paper = "Bushnaq, Braun, Sharkey 2025, Stochastic Parameter Decomposition, arXiv:2506.20790"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {"steps": 20, "batch": 2, "warmup_faith": 50},
+        "laptop": {},
+        "paper": {},
+    }
+
+    config: SPDConfig
+
+    # ---- structure
+
+    def build(self, generator: torch.Generator) -> None:
+        config, target = self.config, self.target
+        self.parts, self.gates = nn.ModuleDict(), nn.ModuleDict()
+        self._own: dict[Point, tuple[Tensor, Tensor | None]] = {}  # taken now: while a pass runs, the maps stand replaced
+        units = [f"{layer}.{unit}" for layer in self.layers for unit in (("mlp", "attn") if config.attention else ("mlp",))]
+        for unit in units:
+            made: list[Site] = []
+            for point in target.maps(layer_of(unit), unit.split(".")[1]):
+                part = self._initial(point, generator)
+                self._own[point] = (target.weight(point), target.bias(point))
+                self.parts[_key(point)] = part
+                source = point if config.gate == "scalar" else f"{unit}.in"
+                made.append(Site(point, layer_of(point), (source,), (Slot(point, point),), part.n))
+            if config.gate == "scalar":
+                for site in made:
+                    self.gates[_key(site.name)] = ScalarGates(site.n, config.gate_hidden, config.gate_bias, generator)
+            elif made:
+                sizes = {_key(site.name): site.n for site in made}
+                width = target.size(made[0].slots[0].read)
+                self.gates[_key(unit)] = SharedGates(width, config.gate_hidden, sizes, config.gate_bias, generator)
+            self.sites += made
+        self.uniforms = Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
+        self._statistics: dict[str, Tensor] = {}
+
+    def _initial(self, point: Point, generator: torch.Generator) -> Components:
+        target, config = self.target, self.config
+        weight = target.weight(point)
+        is_mlp, writes = point.split(".")[1] == "mlp", point.endswith(".down")
+        base = weight.shape[1 if writes else 0] if is_mlp else target.width
+        n = config.components or round(SPARE * base)
+        if config.init == "neuron" and is_mlp:
+            return neuron_components(weight, n, writes, generator)
+        return random_components(weight, n, generator)
+
+    @property
+    def components(self) -> dict[Point, Components]:
+        """The components of each site."""
+        return {site.name: self.parts[_key(site.name)] for site in self.sites}  # type: ignore[misc]
+
+    @property
+    def weights(self) -> dict[Point, Tensor]:
+        """The target's matrix of each site."""
+        return {name: weight for name, (weight, _) in self._own.items()}
+
+    # ---- codes
+
+    def logits(self, inputs: Inputs, strength: dict[Point, Tensor]) -> dict[Point, Float[Tensor, "*rows C"]]:
+        """Pre-sigmoid importances of the sites whose strengths are given, from the activations that gate them."""
+        if self.config.gate == "scalar":
+            return {name: self.gates[_key(name)](value) for name, value in strength.items()}
+        hidden: dict[Point, Tensor] = {}
+        found = {}
+        for site in self.sites:
+            if site.name in strength:
+                (source,) = site.gates_from
+                gates = self.gates[_key(source.removesuffix(".in"))]
+                if source not in hidden:
+                    hidden[source] = gates.features(inputs[source])  # type: ignore[operator]
+                found[site.name] = gates.out[_key(site.name)](hidden[source])  # type: ignore[index]
+        return found
+
+    def encode(self, inputs: Inputs, gates: Codes | None = None) -> Codes:
+        sites = [site for site in self.sites if site.name in inputs]
+        parts = self.components
+        if gates is not None:
+            return {s.name: replace(gates[s.name], strength=strengths(inputs[s.name], parts[s.name].V, gates[s.name])) for s in sites}
+        strength = {site.name: strengths(inputs[site.name], parts[site.name].V) for site in sites}
+        logits = self.logits(inputs, strength)
+        return {name: SiteCodes(value, self._gate(logits[name]), self._delta(value)) for name, value in strength.items()}
+
+    def _gate(self, logits: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
+        """The mask of an evaluation: importances above a threshold (0 by default) or the k largest, as one or as they are."""
+        choice = self.choice
+        if choice.mask == "all":
+            return torch.ones_like(logits)
+        soft = logits.clamp(0, 1)
+        if choice.k is not None:  # by the logit: importances saturate at 1 and tie there
+            kept = torch.zeros_like(logits).scatter(-1, logits.topk(min(choice.k, logits.shape[-1]), -1).indices, 1.0)
+        else:
+            kept = (soft > (choice.threshold or 0.0)).to(logits.dtype)
+        return kept * soft if choice.mask == "soft" else kept
+
+    def _delta(self, strength: Tensor) -> Tensor | None:
+        return torch.ones_like(strength[..., 0]) if self.choice.delta else None
+
+    def decode(self, codes: Codes, write: Point, inputs: Inputs) -> Float[Tensor, "*rows d"]:
+        return masked_map(inputs[write], codes[write], self.components[write].U, *self._own[write])
+
+    # ---- training
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        config = self.config
+        rows = self._rows(batch)
+        penalty, straight = self._penalty(progress), config.sigmoid == "straight_through"
+        lower, minimality, frequency = {}, [], {}
+        for name, z in self._clean_logits(batch, rows).items():
+            lower[name], cost, frequency[name] = importances(z, rows.weight, rows.count, penalty, straight)
+            minimality.append(cost)
+        faith = faithfulness(self.components, self.weights)
+        terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum()}
+        for name in ("stochastic", "layerwise", "subset"):
+            if getattr(config, name):
+                divergence = getattr(self, f"_{name}")(batch, rows, lower)
+                terms[name] = getattr(config, name) * divergence
+                self._statistics["kl" if self.target.is_lm else "mse"] = divergence.detach()
+        self._statistics |= {"l0": _l0(frequency) / len(self.layers), "faith": faith.detach()}
+        return terms
+
+    def _rows(self, batch: Batch) -> _Rows:
+        assert batch.x is not None
+        device, first, (rows, width) = batch.x.device, int(self.target.keeps_first), batch.x.shape
+        if batch.length is None:
+            return _Rows(None, torch.full((rows,), 1 / rows, device=device), float(rows))
+        real = torch.arange(first, width, device=device) < batch.length[:, None]
+        place = torch.arange(rows * width, device=device).view(rows, width)[:, first:].flatten()
+        if device.type != "cpu":  # a choice of rows would wait for the device
+            count = real.sum()
+            return _Rows(None, real.flatten() / count, count, place)
+        index = real.flatten().nonzero().squeeze(1)
+        weight = torch.full((len(index),), 1 / len(index))
+        return _Rows(None if len(index) == real.numel() else index, weight, float(len(index)), place[index])
+
+    def _clean(self, batch: Batch, rows: _Rows, point: Point) -> Float[Tensor, "rows d"]:
+        value = batch.clean[point]
+        return rows.of(value[:, 1:] if self.target.keeps_first else value)
+
+    def _clean_logits(self, batch: Batch, rows: _Rows) -> dict[Point, Tensor]:
+        sources = {point for site in self.sites for point in site.gates_from}
+        inputs = {point: self._clean(batch, rows, point) for point in sources}
+        if self.config.gate == "scalar":
+            return self.logits(inputs, {name: inputs[name] @ part.V for name, part in self.components.items()})
+        return self.logits(inputs, dict.fromkeys(self.components, torch.empty(0)))
+
+    def _penalty(self, progress: float) -> Penalty:
+        config = self.config
+        smooth = config.penalty == "smooth_l0"
+        start, end = (config.gamma, config.gamma_end) if smooth else (config.p, config.p_end)
+        value = annealed(start, end, progress, config.anneal_from, config.anneal_to, geometric=smooth)
+        return Penalty(config.penalty, value, config.beta, config.p_eps)
+
+    # ---- masked passes
+
+    def _masks(self, lower: dict[Point, Tensor], rows: _Rows, routed: Tensor | None, only: Point | None = None) -> Codes:
+        """Masked codes of one draw: stochastic where a map is routed at a position, the target's own map elsewhere."""
+        codes: Codes = {}
+        for place, (name, g) in enumerate(lower.items()):
+            chosen = None if routed is None else routed[:, place]
+            if only is not None and name != only:
+                chosen = torch.zeros(g.shape[0], dtype=torch.bool, device=g.device)
+            codes[name] = self._masked(g, rows, chosen)
+        return codes
+
+    def _masked(self, lower: Tensor, rows: _Rows, chosen: Tensor | None) -> SiteCodes:
+        device = lower.device
+        local = None
+        if device.type == "cpu" and (chosen is not None or rows.index is not None):  # elsewhere a choice of rows would wait for the device
+            local = torch.arange(len(lower)) if chosen is None else chosen.nonzero().squeeze(1)
+            lower = lower if chosen is None else lower.index_select(0, local)
+        mask = interpolate(lower, self.uniforms.draw(*lower.shape, device=device))
+        delta = self.uniforms.draw(len(lower), device=device) if self.config.delta else None
+        if local is not None:
+            return RoutedCodes(mask, mask, delta, local if rows.index is None else rows.index.index_select(0, local))
+        if chosen is not None:
+            delta = torch.where(chosen, 0.0 if delta is None else delta, 1.0)
+            mask = torch.where(chosen[:, None], mask, 1.0)
+        return SiteCodes(mask, mask, delta)
+
+    def _divergence(self, batch: Batch, rows: _Rows, codes: Codes, layers: tuple[int, ...]) -> Tensor:
+        """KL(target || masked) on logits, or the mean squared error of a regression, over real positions."""
+        assert batch.x is not None and batch.logits is not None
+        if not self.target.is_lm:
+            output = self.replaced(batch, layers, gates=codes).logits
+            return (output - batch.logits).square().mean()
+        shape = (batch.x.shape[0], -1)
+        whole = {name: value if isinstance(value, RoutedCodes) else _unflatten(value, shape) for name, value in codes.items()}
+        output = self.replaced(batch, layers, gates=whole).logits
+        index = rows.place if rows.index is not None or self.target.keeps_first else None
+        return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), index, rows.weight)  # type: ignore[return-value]
+
+    def _stochastic(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
+        draws = [self._divergence(batch, rows, self._masks(lower, rows, None), self.layers) for _ in range(self.config.samples)]
+        return torch.stack(draws).mean()
+
+    def _layerwise(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
+        draws = [self._divergence(batch, rows, self._masks(lower, rows, None, name), (layer_of(name),))
+                 for name in lower for _ in range(self.config.samples)]
+        return torch.stack(draws).mean()
+
+    def _subset(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
+        device = rows.weight.device
+        draws = []
+        for _ in range(self.config.samples):
+            routed = uniform_subset(len(rows.weight), len(lower), self.uniforms, device)
+            draws.append(self._divergence(batch, rows, self._masks(lower, rows, routed), self.layers))
+        return torch.stack(draws).mean()
+
+    # ---- training hooks
+
+    def before_training(self, data: Iterator[Batch]) -> None:
+        if self.config.gate == "shared":
+            batch = next(data)
+            rows = self._rows(batch)
+            with torch.no_grad():
+                for unit, gates in self.gates.items():
+                    point = unit.replace("_", ".") + ".in"
+                    square = rows.weight @ self._clean(batch, rows, point).square().mean(-1)
+                    gates.scale.copy_(square.clamp_min(1e-12).rsqrt())  # type: ignore[union-attr]
+        with torch.enable_grad():
+            if self.config.warmup_faith and float(faithfulness(self.components, self.weights).detach()) > 0:
+                warm_up(self.components, self.weights, self.config.warmup_faith, self.config.warmup_faith_lr, self.config.warmup_faith_decay)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        config = self.config
+        return [
+            {"params": list(self.parts.parameters()), "lr": config.lr, "clip": config.clip},
+            {"params": list(self.gates.parameters()), "lr": config.gate_lr, "clip": config.gate_clip},
+        ]
+
+    def train_state(self) -> dict[str, Tensor]:
+        return {"generator": self.uniforms.state(self.target.device)}
+
+    def load_train_state(self, state: dict[str, Tensor]) -> None:
+        self.uniforms.load(state["generator"], self.target.device)
+
+    def step_statistics(self) -> dict[str, Tensor]:
+        return self._statistics
+
+    # ---- accounting
+
+    def component_sizes(self, site: Site) -> int:
+        return sum(self.target.weight(site.name).shape)
+
+    def constant_size(self, write: Point) -> int:
+        bias = self.target.bias(write)
+        return (0 if bias is None else bias.numel()) + (self.target.weight(write).numel() if self.choice.delta else 0)
+
+    def constant_coefficients(self, write: Point) -> int:
+        return min(self.target.weight(write).shape) if self.choice.delta else 0
+
+    def directions(self, site: Site, slot: Slot) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        part = self.components[site.name]
+        return part.V.T, part.U
+
+    @property
+    def variant(self) -> str:
+        return f"imp={self.config.importance:g}"
+
+    @property
+    def family(self) -> str:
+        return f"spd {self.config.init} init"
+
+    @property
+    def init(self) -> str:
+        return self.config.init
+
+    def sweep(self) -> list[Choice]:
+        return [Choice(threshold=value) for value in (0.01, 0.1, 0.3, 0.5, 0.9)]
+
+    @classmethod
+    def skip(cls, target: TargetModel, layers: tuple[int, ...]) -> str | None:
+        without = [str(layer) for layer in layers if not target.maps(layer)]
+        return f"no known linear maps in the MLP of layers {', '.join(without)}" if without else None
+
+
+def _l0(frequency: dict[Point, Tensor]) -> Tensor:
+    """Mean number of active components of all MLP matrices together."""
+    return torch.stack([value.sum() for name, value in frequency.items() if ".mlp." in name]).sum()
+
+
+class _KL(torch.autograd.Function):
+    """Weighted sum over some rows of KL(softmax(target) || softmax(logits)); only the logits get a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, target, index, weight):
+        gradient = torch.empty_like(logits) if index is None else torch.zeros_like(logits)
+        total = logits.new_zeros(())
+        size = max(1, (1 << 17) // logits.shape[1]) if logits.device.type == "cpu" else len(weight)
+        for start in range(0, len(weight), size):  # in pieces that stay in a core's cache
+            rows, w = slice(start, start + size), weight[start : start + size]
+            chosen = rows if index is None else index[rows]
+            log_p, log_q = target[chosen].log_softmax(-1), logits[chosen].log_softmax(-1)
+            p = log_p.exp()
+            total += torch.linalg.vecdot(log_p.sub_(log_q), p) @ w
+            gradient[chosen] = log_q.exp_().sub_(p).mul_(w[:, None])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        return ctx.saved_tensors[0] * g, None, None, None
+
+
+def _unflatten(codes: SiteCodes, shape: tuple[int, int]) -> SiteCodes:
+    delta = codes.delta
+    return SiteCodes(codes.strength.unflatten(0, shape), codes.gate.unflatten(0, shape), None if delta is None else delta.unflatten(0, shape))
+
+
+def _key(point: Point) -> str:
+    """A point as a module name, which cannot hold dots."""
+    return point.replace(".", "_")
