@@ -45,7 +45,7 @@ PY
 }
 
 install_torch() {
-  pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$1" --quiet "${@:2}"; }
+  pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$1" --quiet --quiet "${@:2}"; }
   if [ "$(wanted_torch)" = plain ]; then
     have_torch "$TORCH+any" || pip install "torch==$TORCH"
     return
@@ -72,7 +72,7 @@ if [ "$(cat "$STAMP" 2>/dev/null || true)" != "$wanted" ]; then
   rm -f "$STAMP"
   echo "setup_env.sh: installing into $VENV with $("$VENV/bin/python" --version); this takes a minute or two"
   install_torch
-  "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet -c .ci/constraints.txt -e ".[dev]"
+  "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --quiet -c .ci/constraints.txt -e ".[dev]"
   echo "$wanted" > "$STAMP"
 fi
 

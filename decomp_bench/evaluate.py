@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,37 +13,20 @@ import torch
 
 from decomp_bench.ablation import Arrays, ablations
 from decomp_bench.bootstrap import documents_frame, evaluate_sums, resampled
+from decomp_bench.conditions import Condition, columns, conditions, gate_labels, upstream, view_of
 from decomp_bench.config import EvalConfig
 from decomp_bench.data.sources import Source
 from decomp_bench.data.statistics import OutputStatistics, output_statistics
 from decomp_bench.data.streams import with_clean
-from decomp_bench.decomposer import Choice, Codes, Decomposer, Protocol, Site, layer_of
-from decomp_bench.metrics import CATALOGUE, HEADLINE, UNINTERVALLED, Context, SiteInfo, metric_catalogue, metric_versions
+from decomp_bench.decomposer import Choice, Codes, Decomposer
+from decomp_bench.metrics import CATALOGUE, HEADLINE, metric_catalogue, metric_versions
 from decomp_bench.metrics.liveness import DENSE
 from decomp_bench.metrics.observe import Liveness, RowSums, Scored, base_sums, behaviour_sums, code_sums, output_sums
 from decomp_bench.quantise import coefficient_bits
-from decomp_bench.replacement import clean_codes, clean_points, replaced, unit_of
+from decomp_bench.replacement import clean_codes, clean_points, replaced
+from decomp_bench.rows import context, describe, not_applicable, rows_of
 
-__all__ = ["Condition", "Evaluation", "evaluate", "metric_catalogue", "metric_versions"]
-
-GLOBAL_GATE = "a gate reads layers after its site, which the replaced stream has not reached"
-
-
-TRAINED = Choice()
-"""No choice at inference: the sparsity that the run was trained at."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a row was measured under."""
-
-    protocol: Protocol
-    gates: str
-    choice: Choice = TRAINED
-
-    @property
-    def curve(self) -> str:
-        return "inference" if self.choice != TRAINED else "trained"
+__all__ = ["Evaluation", "evaluate", "metric_catalogue", "metric_versions"]
 
 
 @dataclass
@@ -80,35 +63,6 @@ class _Measured:
         return {key: value.cpu().numpy() for key, value in self.sums.items()} | wanted
 
 
-def conditions(decomposer: Decomposer, config: EvalConfig) -> list[Condition]:
-    """What is measured of a decomposer: every protocol and gate source, then its inference-time sweep.
-
-    A method that nothing was trained for is swept under every protocol, since its sweep is its curve.
-    """
-    main = [
-        Condition(protocol, gates)
-        for protocol in config.protocols
-        for gates in config.gates
-        if gates == "self" or not _same(decomposer, protocol)
-    ]
-    swept = config.sweep_protocols if decomposer.trainable else config.protocols
-    gates = config.sweep_gates if decomposer.trainable else config.gates
-    choices = decomposer.sweep() if config.sweep or not decomposer.trainable else []
-    sweep = [Condition(p, g, choice) for choice in choices for p in swept for g in gates if g == "self" or not _same(decomposer, p)]
-    return [c for c in main + sweep if c.gates != "self" or _upstream(decomposer)]
-
-
-def _same(decomposer: Decomposer, protocol: Protocol) -> bool:
-    """Whether clean and self gates are the same by construction: clean unit inputs, and gates computed from nothing else."""
-    return protocol != "cascading" and all(
-        p.endswith((".mlp.in", ".mlp.out", ".attn.in")) for site in decomposer.sites for p in site.gates_from
-    )
-
-
-def _upstream(decomposer: Decomposer) -> bool:
-    return all(layer_of(point) <= site.layer for site in decomposer.sites for point in site.gates_from)
-
-
 @torch.no_grad()
 def evaluate(
     decomposers: list[Decomposer],
@@ -128,9 +82,10 @@ def evaluate(
     plans, early = _plan(decomposers, snapshots or [None] * len(decomposers), source, config, rows, statistics)
     bits = _coefficient_bits(decomposers, source, config)
     points = set().union(*(clean_points(d, d.layers) for d in decomposers)) if decomposers else set()
-    batches = list(range(0, rows, config.batch))
+    size = config.batch * source.rows_a_sequence
+    batches = list(range(0, rows, size))
     for number, start in enumerate(batches):
-        batch = with_clean(source, source.batch(config.split, np.arange(start, min(rows, start + config.batch))), points)
+        batch = with_clean(source, source.batch(config.split, np.arange(start, min(rows, start + size))), points)
         scored = Scored.of(batch, target.is_lm)
         for decomposer, plan, snapshot in zip(decomposers, plans, early, strict=True):
             _measure(decomposer, [*plan, *([snapshot] if snapshot else [])], scored, statistics)
@@ -169,7 +124,7 @@ def _measure(decomposer: Decomposer, plan: list[_Measured], scored: Scored, stat
     codes: dict[tuple[int, Choice], Codes] = {}
     for measured in plan:
         condition, who = measured.condition, measured.decomposer
-        view = who if condition.choice == TRAINED else who.at(**vars(condition.choice))
+        view = view_of(who, condition)
         given: Codes | str = "self"
         if condition.gates == "clean":
             key = (id(who), condition.choice)
@@ -198,30 +153,6 @@ def _coefficient_bits(decomposers: list[Decomposer], source: Source, config: Eva
     return found
 
 
-# ---- from sums to rows
-
-
-def context(decomposer: Decomposer, condition: Condition, alive: dict[str, int], bits: float) -> Context:
-    """What the accounting needs to know of a decomposer under a condition."""
-    view = decomposer if condition.choice == TRAINED else decomposer.at(**vars(condition.choice))
-    writes = {slot.write for site in view.sites for slot in site.slots if ".mlp." in slot.write}
-    return Context(
-        view.layers,
-        tuple(_site_info(site) for site in view.sites),
-        view.target.task,
-        condition.protocol,
-        float(sum(view.constant_size(w) for w in writes)),
-        float(sum(view.constant_coefficients(w) for w in writes)),
-        bits,
-        alive,
-    )
-
-
-def _site_info(site: Site) -> SiteInfo:
-    units = {unit_of(slot.write) for slot in site.slots}
-    return SiteInfo(site.name, site.layer, next(iter(units)).split(".")[1], site.n, len(units))
-
-
 def _report(
     decomposer: Decomposer,
     plan: list[_Measured],
@@ -231,107 +162,22 @@ def _report(
     config: EvalConfig,
     token_hash: str,
 ) -> Evaluation:
-    rows, frames, seed = [], [], config.bootstrap
-    common = _describe(decomposer, source, config, token_hash)
-    weights = resampled(plan[0].documents, seed) if plan else np.ones((1, 1))
+    """A decomposer's sums as rows, documents and verdict."""
+    rows, frames = [], []
+    common = describe(decomposer, source, config, token_hash)
+    weights = resampled(plan[0].documents, config.bootstrap)
     for measured in plan:
         live = measured.liveness.sums(1 if measured.condition.protocol == "single" else len(decomposer.layers), DENSE)
         alive = {name: int(value) for (quantity, name), value in live.items() if quantity == "fired"}
         ctx = context(decomposer, measured.condition, alive, bits)
         arrays = measured.arrays()
-        for gates in _labels(decomposer, measured.condition, config):
-            about = common | _condition_columns(decomposer, replace(measured.condition, gates=gates))
-            rows += _rows(arrays, live, ctx, weights, about)
+        for gates in gate_labels(decomposer, measured.condition, config):
+            about = common | columns(decomposer, replace(measured.condition, gates=gates))
+            rows += rows_of(arrays, live, ctx, weights, about)
             frames.append(documents_frame(arrays, ctx, about))
-    if not _upstream(decomposer):
-        rows += [
-            common | _condition_columns(decomposer, Condition(p, "self")) | _not_applicable(key)
-            for p in config.protocols
-            for key in CATALOGUE
-        ]
-    return Evaluation(
-        rows, pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), _verdict(decomposer, plan, snapshot, weights)
-    )
-
-
-def _labels(decomposer: Decomposer, condition: Condition, config: EvalConfig) -> Iterator[str]:
-    """The gate sources that a measurement stands for: both where they are the same by construction."""
-    if _same(decomposer, condition.protocol):
-        yield from config.gates
-    else:
-        yield condition.gates
-
-
-def _describe(decomposer: Decomposer, source: Source, config: EvalConfig, token_hash: str) -> dict[str, Any]:
-    return {
-        "method": decomposer.name,
-        "kind": decomposer.kind,
-        "trainable": decomposer.trainable,
-        "family": decomposer.family,
-        "target": source.target.uri,
-        "target_hash": source.target.identity,
-        "dataset": source.name,
-        "token_hash": token_hash,
-        "split": config.split,
-        "layers": ",".join(map(str, decomposer.layers)),
-        "init": decomposer.init,
-        "positions": "1:" if source.target.keeps_first else "all",
-    }
-
-
-def _condition_columns(decomposer: Decomposer, condition: Condition) -> dict[str, Any]:
-    variant = ", ".join(filter(None, (decomposer.variant if decomposer.trainable else "", condition.choice.label))) or decomposer.variant
-    return {
-        "protocol": condition.protocol,
-        "gates": condition.gates,
-        "curve": condition.curve,
-        "variant": variant,
-        "mask": condition.choice.mask or "binary",
-        "delta": "on" if condition.choice.delta else "off",
-    }
-
-
-def _rows(arrays: dict, live: dict, ctx: Context, weights: np.ndarray, about: dict[str, Any]) -> list[dict[str, Any]]:
-    tokens = int(arrays["tokens", "all"].sum())
-    sums = {key: weights @ value for key, value in arrays.items()}
-    counts = {key: np.array([value]) for key, value in live.items()}
-    rows = []
-    for metric in CATALOGUE.values():
-        if metric.task not in ("both", ctx.task):
-            continue
-        values = evaluate_sums(metric, counts if metric.key in UNINTERVALLED else sums, ctx)
-        for (layer, site), value in values.items():
-            rows.append(about | _row(metric.key, value) | {"layer": layer, "site": site, "n": tokens})
-    return rows
-
-
-def _row(key: str, value: np.ndarray) -> dict[str, Any]:
-    """Point estimate and 95% percentile interval; NaN is not applicable, with the metric's reason."""
-    metric, point = CATALOGUE[key], float(value[0])
-    spread = np.nanquantile(value[1:], [0.025, 0.975]) if len(value) > 1 and np.isfinite(value[1:]).any() else (math.nan, math.nan)
-    missing = not math.isfinite(point)
-    return {
-        "metric": key,
-        "metric_version": metric.version,
-        "value": point,
-        "lo": float(spread[0]),
-        "hi": float(spread[1]),
-        "applicable": "no" if missing else "yes",
-        "reason": (metric.needs or "not finite") if missing else "",
-        "base": key.rsplit("_", 1)[1] if key.startswith("ce_recovered") else "",
-    }
-
-
-def _not_applicable(key: str) -> dict[str, Any]:
-    return {
-        "metric": key,
-        "metric_version": CATALOGUE[key].version,
-        "value": math.nan,
-        "applicable": "no",
-        "reason": GLOBAL_GATE,
-        "layer": "all",
-        "site": "all",
-    }
+    if not upstream(decomposer):
+        rows += not_applicable(decomposer, config, common)
+    return Evaluation(rows, pd.concat(frames, ignore_index=True), _verdict(decomposer, plan, snapshot, weights))
 
 
 def _verdict(decomposer: Decomposer, plan: list[_Measured], snapshot: _Measured | None, weights: np.ndarray) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def packages() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def missing_packages() -> list[str]:
+    """Declared dependencies that are not installed."""
+    missing = []
+    for line in requires("decomp-bench") or []:
+        name = re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0]
+        try:
+            if "extra ==" not in line:
+                version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def cores() -> int:

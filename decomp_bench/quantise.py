@@ -35,7 +35,8 @@ def coefficient_bits(decomposer: Decomposer, scored: Scored) -> float:
     A sign is one of the bits. NaN where even 24 bits change the output, which a finite replacement never does.
     """
     codes = clean_codes(decomposer, scored.batch)
-    largest = {name: (c.strength.abs() * c.active).flatten(0, -2).amax(0) for name, c in codes.items()}
+    kept = scored.kept[..., None]  # what stands at padding must not set the scale
+    largest = {name: (c.strength.abs() * (c.active & kept)).flatten(0, -2).amax(0) for name, c in codes.items()}
     exact = _score(decomposer, scored, codes, None)
     tolerance = TOLERANCE if scored.clean_logp is not None else 10 * TOLERANCE * abs(exact)
 

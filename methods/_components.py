@@ -86,7 +86,8 @@ def faithfulness(components: Mapping[str, Components], weights: Mapping[str, Ten
 def warm_up(components: Mapping[str, Components], weights: Mapping[str, Tensor], steps: int, lr: float, weight_decay: float = 0.0) -> None:
     """Train V and U on faithfulness alone with an AdamW that is thrown away (SPD main: `faithfulness_warmup`)."""
     parameters = [p for part in components.values() for p in (part.V, part.U)]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
     for _ in range(steps):
         optimiser.zero_grad()
         faithfulness(components, weights).backward()

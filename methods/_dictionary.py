@@ -21,23 +21,24 @@ from decomp_bench.config import MethodConfig
 from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
 
 from ._activations import ACTIVATIONS, Code, StrengthCounts
-from ._sparse import encode_at, top_of_rows
+from ._sparse import encode_at
 
 
 class DictionaryConfig(MethodConfig):
     """Config of every method that trains a sparse coder. Strengths, thresholds and penalties are in normalised coordinates."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-2
-    """Peak learning rate of Adam. Short runs want it high: at 3e-3 the same quality takes four times the tokens."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: Annotated[float, Field(gt=0)] = 3e-2
+    """Peak learning rate of Adam. Short runs want it high: a third of it leaves a third more of the variance unexplained."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments; the second is short because a component sees few tokens of a batch."""
     features: PositiveInt = 512
     """Components of each site."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "batchtopk"
     k: PositiveInt = 16
     """Active components of a row: exactly (topk) or on average (batchtopk)."""
-    l1: Annotated[float, Field(ge=0)] = 0.02
+    l1: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the L1 penalty (relu)."""
-    l0: Annotated[float, Field(ge=0)] = 0.01
+    l0: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the L0 penalty (jumprelu)."""
     penalty_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of training over which l1 and l0 rise from zero."""
@@ -49,7 +50,7 @@ class DictionaryConfig(MethodConfig):
     """Weight of the loss that revives dead components: they predict the detached residual (Gao et al. 2024)."""
     aux_k: PositiveInt | None = None
     """Dead components that a row may use for it; None: half the input width."""
-    dead_after: PositiveInt = 50_000
+    dead_after: PositiveInt = 20_000
     """Tokens without firing after which a component counts as dead."""
     calibration: PositiveInt = 16_384
     """Rows on which normalisation is measured before training, and thresholds are calibrated after it."""
@@ -59,6 +60,10 @@ class DictionaryConfig(MethodConfig):
         if self.activation in ("topk", "batchtopk") and self.k > self.features:
             raise ValueError(f"k={self.k} exceeds features={self.features}")
         return self
+
+
+ENCODER_SCALE = 0.25
+"""Length of an untied encoder row at the start: random codes say nothing about y, so they start small."""
 
 
 def unit_rows(rows: int, width: int, generator: torch.Generator) -> Float[Tensor, "rows width"]:
@@ -113,7 +118,7 @@ class SparseCoder(nn.Module):
         n = config.features
         self.normalise = Normaliser(width)
         decoder = unit_rows(n, out, generator)
-        encoder = decoder.clone() if tied else unit_rows(n, width, generator)
+        encoder = decoder.clone() if tied else ENCODER_SCALE * unit_rows(n, width, generator)
         self.W_enc, self.b_enc, self.W_dec = nn.Parameter(encoder), nn.Parameter(torch.zeros(n)), nn.Parameter(decoder)
         self.activation = ACTIVATIONS[config.activation](config, n)
         self.register_buffer("idle", torch.zeros(n, dtype=torch.long), persistent=False)  # tokens since a component last fired
@@ -160,11 +165,17 @@ class SparseCoder(nn.Module):
         return self._dead_ids
 
     def revival(self, x: Float[Tensor, "rows d"], residual: Float[Tensor, "rows out"], k: int) -> Tensor:
-        """Error of the dead components' prediction of the residual, relative to the residual."""
+        """Error of the dead components' prediction of the residual, relative to the residual.
+
+        A row uses its k largest dead pre-activations as they are (Gao et al. 2024): most dead components are negative everywhere,
+        where a ReLU would let no gradient through. Scaled down where fewer than k are dead.
+        """
         ids = self.dead_ids
-        pre = F.linear(x, self.W_enc[ids], self.b_enc[ids])
-        code = pre.relu() if len(ids) <= k else pre.relu() * top_of_rows(pre, k)
-        error = (code @ self.W_dec[ids] - residual).square().sum()
+        pre = F.linear(x, self.W_enc[ids], self.b_enc[ids]).float()
+        if len(ids) > k:
+            best, index = pre.topk(k, dim=1, sorted=False)
+            pre = torch.zeros_like(pre).scatter(1, index, best)
+        error = (pre @ self.W_dec[ids] - residual).square().sum()
         return min(1.0, len(ids) / k) * error / residual.square().sum().clamp(min=1e-20)
 
     @torch.no_grad()
@@ -187,6 +198,7 @@ class Dictionary(Decomposer):
             "steps": 120_000,
             "batch": 4096,
             "lr": 3e-4,
+            "betas": (0.9, 0.999),
             "warmup": 1000,
             "dead_after": 10_000_000,
             "calibration": 131_072,
@@ -339,7 +351,8 @@ class Dictionary(Decomposer):
         scale = torch.cat([place.scale.expand(len(place.mean)) for place in places])
         encoder = coder.W_enc / coder.normalise.scale
         bias = torch.cat([place.mean + place.scale * place.b_dec for place in places])
-        return {"W_enc": encoder, "b_enc": coder.b_enc - encoder @ coder.normalise.mean, "W_dec": coder.W_dec * scale, "b_dec": bias}
+        shift = (encoder.double() @ coder.normalise.mean.double()).to(encoder.dtype)
+        return {"W_enc": encoder, "b_enc": coder.b_enc - shift, "W_dec": coder.W_dec * scale, "b_dec": bias}
 
     @property
     def variant(self) -> str:

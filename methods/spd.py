@@ -7,7 +7,7 @@ weight delta as a masked remainder, faithfulness warm-up, uniform-k-subset routi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from decomp_bench.config import MethodConfig
 from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
 
-from ._components import Components, RoutedCodes, faithfulness, masked_map, neuron_components, random_components, strengths, warm_up
+from ._components import Components, faithfulness, masked_map, neuron_components, random_components, strengths, warm_up
 from ._importance import Penalty, ScalarGates, SharedGates, annealed, importances
-from ._masks import Uniforms, interpolate, uniform_subset
+from ._masks import Uniforms, uniform_subset
+from ._reconstruction import Rows, divergence, masked, rows_of
 
 if TYPE_CHECKING:
     from decomp_bench.targets import TargetModel
@@ -40,10 +41,13 @@ class SPDConfig(MethodConfig):
     """neuron: component c starts as neuron c of the MLP, so that W is matched exactly; attention maps always start at random."""
     gate: Literal["shared", "scalar"] = "shared"
     """shared: one MLP of what an MLP (attention) reads for all its components; scalar: a tiny MLP of each inner activation."""
-    gate_hidden: tuple[PositiveInt, ...] = (192,)
+    gate_hidden: tuple[PositiveInt, ...] | None = None
+    """Hidden widths of the gate networks; None: the width of the MLP for shared ones, 16 for scalar ones."""
+    gate_init: Literal["random", "neuron"] = "neuron"
+    """neuron: a shared gate's first hidden units start as the MLP's neurons, each opening its own components; for `init` neuron only."""
     gate_bias: float = 0.2
     """Initial bias of the logits: components start let through."""
-    gate_lr: PositiveFloat = 4e-3
+    gate_lr: PositiveFloat = 8e-3
     gate_clip: PositiveFloat | None = 1.0
     sigmoid: Literal["straight_through", "leaky"] = "straight_through"
     """Lower importance: the main form, or the paper's, whose masks go slightly negative in training."""
@@ -72,32 +76,16 @@ class SPDConfig(MethodConfig):
     """Mask draws behind each reconstruction term."""
     delta: bool = True
     """Let the remainder W - VU through by a random amount in masked passes."""
-    warmup_faith: NonNegativeInt = 400
+    warmup_faith: NonNegativeInt = 200
     """Steps of faithfulness alone before training; skipped where the initial components already sum to W."""
     warmup_faith_lr: PositiveFloat = 1e-2
     warmup_faith_decay: NonNegativeFloat = 0.0
-    steps: NonNegativeInt = 1500
+    steps: NonNegativeInt = 600
     batch: PositiveInt = 2
-    lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 4e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     decay_from: Annotated[float, Field(ge=0, le=1)] = 0.0
     lr_end: Annotated[float, Field(ge=0, le=1)] = 0.1
-
-
-@dataclass
-class _Rows:
-    """The positions that are trained on: their indices among the replaced ones (None: all), and the weights of their mean."""
-
-    index: Tensor | None
-    weight: Float[Tensor, " rows"]
-    count: float | Tensor
-    place: Tensor | None = None
-    """Indices of the same positions among all, those that are never replaced included."""
-
-    def of(self, value: Float[Tensor, "*rows d"]) -> Float[Tensor, "rows d"]:
-        """The chosen rows of a value at all replaced positions."""
-        value = value.reshape(-1, value.shape[-1])
-        return value if self.index is None else value.index_select(0, self.index)
 
 
 class SPD(Decomposer):
@@ -112,8 +100,12 @@ class SPD(Decomposer):
     paper = "Bushnaq, Braun, Sharkey 2025, Stochastic Parameter Decomposition, arXiv:2506.20790"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 20, "batch": 2, "warmup_faith": 50},
-        "laptop": {},
-        "paper": {},
+        "laptop": {"steps": 600, "batch": 2, "warmup_faith": 100},
+        "paper": {  # the authors' two-layer language model ("main" form), without its adversarial term
+            "steps": 200_000, "batch": 64, "lr": 5e-4, "gate_lr": 5e-4, "clip": 0.01, "gate_clip": None, "init": "random", "gate_bias": 0.0,
+            "gate_hidden": (550,), "penalty": "lp", "p_end": 0.3, "beta": 0.1, "importance": 1e-3, "faithfulness": 1e6,
+            "warmup_faith": 200, "warmup_faith_lr": 1e-3,
+        },
     }
 
     config: SPDConfig
@@ -133,16 +125,24 @@ class SPD(Decomposer):
                 self.parts[_key(point)] = part
                 source = point if config.gate == "scalar" else f"{unit}.in"
                 made.append(Site(point, layer_of(point), (source,), (Slot(point, point),), part.n))
-            if config.gate == "scalar":
-                for site in made:
-                    self.gates[_key(site.name)] = ScalarGates(site.n, config.gate_hidden, config.gate_bias, generator)
-            elif made:
-                sizes = {_key(site.name): site.n for site in made}
-                width = target.size(made[0].slots[0].read)
-                self.gates[_key(unit)] = SharedGates(width, config.gate_hidden, sizes, config.gate_bias, generator)
+            if made:
+                self._add_gates(unit, made, generator)
             self.sites += made
         self.uniforms = Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
         self._statistics: dict[str, Tensor] = {}
+
+    def _add_gates(self, unit: str, sites: list[Site], generator: torch.Generator) -> None:
+        config, target = self.config, self.target
+        if config.gate == "scalar":
+            for site in sites:
+                self.gates[_key(site.name)] = ScalarGates(site.n, config.gate_hidden or (16,), config.gate_bias, generator)
+            return
+        first = sites[0].name
+        sizes = {_key(site.name): site.n for site in sites}
+        made = SharedGates(target.size(first), config.gate_hidden or (len(target.weight(first)),), sizes, config.gate_bias, generator)
+        if unit.endswith(".mlp") and config.init == config.gate_init == "neuron":
+            made.start_at_neurons(target.weight(first))  # the activated map: the gate of a gated MLP
+        self.gates[_key(unit)] = made
 
     def _initial(self, point: Point, generator: torch.Generator) -> Components:
         target, config = self.target, self.config
@@ -212,7 +212,7 @@ class SPD(Decomposer):
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         config = self.config
-        rows = self._rows(batch)
+        rows = rows_of(batch, self.target)
         penalty, straight = self._penalty(progress), config.sigmoid == "straight_through"
         lower, minimality, frequency = {}, [], {}
         for name, z in self._clean_logits(batch, rows).items():
@@ -222,31 +222,17 @@ class SPD(Decomposer):
         terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum()}
         for name in ("stochastic", "layerwise", "subset"):
             if getattr(config, name):
-                divergence = getattr(self, f"_{name}")(batch, rows, lower)
-                terms[name] = getattr(config, name) * divergence
-                self._statistics["kl" if self.target.is_lm else "mse"] = divergence.detach()
+                error = getattr(self, f"_{name}")(batch, rows, lower)
+                terms[name] = getattr(config, name) * error
+                self._statistics["kl" if self.target.is_lm else "mse"] = error.detach()
         self._statistics |= {"l0": _l0(frequency) / len(self.layers), "faith": faith.detach()}
         return terms
 
-    def _rows(self, batch: Batch) -> _Rows:
-        assert batch.x is not None
-        device, first, (rows, width) = batch.x.device, int(self.target.keeps_first), batch.x.shape
-        if batch.length is None:
-            return _Rows(None, torch.full((rows,), 1 / rows, device=device), float(rows))
-        real = torch.arange(first, width, device=device) < batch.length[:, None]
-        place = torch.arange(rows * width, device=device).view(rows, width)[:, first:].flatten()
-        if device.type != "cpu":  # a choice of rows would wait for the device
-            count = real.sum()
-            return _Rows(None, real.flatten() / count, count, place)
-        index = real.flatten().nonzero().squeeze(1)
-        weight = torch.full((len(index),), 1 / len(index))
-        return _Rows(None if len(index) == real.numel() else index, weight, float(len(index)), place[index])
-
-    def _clean(self, batch: Batch, rows: _Rows, point: Point) -> Float[Tensor, "rows d"]:
+    def _clean(self, batch: Batch, rows: Rows, point: Point) -> Float[Tensor, "rows d"]:
         value = batch.clean[point]
         return rows.of(value[:, 1:] if self.target.keeps_first else value)
 
-    def _clean_logits(self, batch: Batch, rows: _Rows) -> dict[Point, Tensor]:
+    def _clean_logits(self, batch: Batch, rows: Rows) -> dict[Point, Tensor]:
         sources = {point for site in self.sites for point in site.gates_from}
         inputs = {point: self._clean(batch, rows, point) for point in sources}
         if self.config.gate == "scalar":
@@ -262,58 +248,31 @@ class SPD(Decomposer):
 
     # ---- masked passes
 
-    def _masks(self, lower: dict[Point, Tensor], rows: _Rows, routed: Tensor | None, only: Point | None = None) -> Codes:
+    def _draw(self, lower: dict[Point, Tensor], rows: Rows, routed: Tensor | None, only: Point | None = None) -> Codes:
         """Masked codes of one draw: stochastic where a map is routed at a position, the target's own map elsewhere."""
         codes: Codes = {}
         for place, (name, g) in enumerate(lower.items()):
             chosen = None if routed is None else routed[:, place]
             if only is not None and name != only:
-                chosen = torch.zeros(g.shape[0], dtype=torch.bool, device=g.device)
-            codes[name] = self._masked(g, rows, chosen)
+                chosen = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+            codes[name] = masked(g, rows, chosen, self.uniforms, self.config.delta)
         return codes
 
-    def _masked(self, lower: Tensor, rows: _Rows, chosen: Tensor | None) -> SiteCodes:
-        device = lower.device
-        local = None
-        if device.type == "cpu" and (chosen is not None or rows.index is not None):  # elsewhere a choice of rows would wait for the device
-            local = torch.arange(len(lower)) if chosen is None else chosen.nonzero().squeeze(1)
-            lower = lower if chosen is None else lower.index_select(0, local)
-        mask = interpolate(lower, self.uniforms.draw(*lower.shape, device=device))
-        delta = self.uniforms.draw(len(lower), device=device) if self.config.delta else None
-        if local is not None:
-            return RoutedCodes(mask, mask, delta, local if rows.index is None else rows.index.index_select(0, local))
-        if chosen is not None:
-            delta = torch.where(chosen, 0.0 if delta is None else delta, 1.0)
-            mask = torch.where(chosen[:, None], mask, 1.0)
-        return SiteCodes(mask, mask, delta)
-
-    def _divergence(self, batch: Batch, rows: _Rows, codes: Codes, layers: tuple[int, ...]) -> Tensor:
-        """KL(target || masked) on logits, or the mean squared error of a regression, over real positions."""
-        assert batch.x is not None and batch.logits is not None
-        if not self.target.is_lm:
-            output = self.replaced(batch, layers, gates=codes).logits
-            return (output - batch.logits).square().mean()
-        shape = (batch.x.shape[0], -1)
-        whole = {name: value if isinstance(value, RoutedCodes) else _unflatten(value, shape) for name, value in codes.items()}
-        output = self.replaced(batch, layers, gates=whole).logits
-        index = rows.place if rows.index is not None or self.target.keeps_first else None
-        return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), index, rows.weight)  # type: ignore[return-value]
-
-    def _stochastic(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
-        draws = [self._divergence(batch, rows, self._masks(lower, rows, None), self.layers) for _ in range(self.config.samples)]
+    def _stochastic(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
+        draws = [divergence(self, batch, rows, self._draw(lower, rows, None), self.layers) for _ in range(self.config.samples)]
         return torch.stack(draws).mean()
 
-    def _layerwise(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
-        draws = [self._divergence(batch, rows, self._masks(lower, rows, None, name), (layer_of(name),))
+    def _layerwise(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
+        draws = [divergence(self, batch, rows, self._draw(lower, rows, None, name), (layer_of(name),))
                  for name in lower for _ in range(self.config.samples)]
         return torch.stack(draws).mean()
 
-    def _subset(self, batch: Batch, rows: _Rows, lower: dict[Point, Tensor]) -> Tensor:
+    def _subset(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
         device = rows.weight.device
         draws = []
         for _ in range(self.config.samples):
             routed = uniform_subset(len(rows.weight), len(lower), self.uniforms, device)
-            draws.append(self._divergence(batch, rows, self._masks(lower, rows, routed), self.layers))
+            draws.append(divergence(self, batch, rows, self._draw(lower, rows, routed), self.layers))
         return torch.stack(draws).mean()
 
     # ---- training hooks
@@ -321,15 +280,16 @@ class SPD(Decomposer):
     def before_training(self, data: Iterator[Batch]) -> None:
         if self.config.gate == "shared":
             batch = next(data)
-            rows = self._rows(batch)
+            rows = rows_of(batch, self.target)
             with torch.no_grad():
                 for unit, gates in self.gates.items():
                     point = unit.replace("_", ".") + ".in"
                     square = rows.weight @ self._clean(batch, rows, point).square().mean(-1)
                     gates.scale.copy_(square.clamp_min(1e-12).rsqrt())  # type: ignore[union-attr]
         with torch.enable_grad():
-            if self.config.warmup_faith and float(faithfulness(self.components, self.weights).detach()) > 0:
-                warm_up(self.components, self.weights, self.config.warmup_faith, self.config.warmup_faith_lr, self.config.warmup_faith_decay)
+            config = self.config
+            if config.warmup_faith and float(faithfulness(self.components, self.weights).detach()) > 0:
+                warm_up(self.components, self.weights, config.warmup_faith, config.warmup_faith_lr, config.warmup_faith_decay)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         config = self.config
@@ -369,7 +329,7 @@ class SPD(Decomposer):
 
     @property
     def family(self) -> str:
-        return f"spd {self.config.init} init"
+        return f"spd {self.config.init} init" + (", attention" if self.config.attention else "")
 
     @property
     def init(self) -> str:
@@ -387,34 +347,6 @@ class SPD(Decomposer):
 def _l0(frequency: dict[Point, Tensor]) -> Tensor:
     """Mean number of active components of all MLP matrices together."""
     return torch.stack([value.sum() for name, value in frequency.items() if ".mlp." in name]).sum()
-
-
-class _KL(torch.autograd.Function):
-    """Weighted sum over some rows of KL(softmax(target) || softmax(logits)); only the logits get a gradient."""
-
-    @staticmethod
-    def forward(ctx, logits, target, index, weight):
-        gradient = torch.empty_like(logits) if index is None else torch.zeros_like(logits)
-        total = logits.new_zeros(())
-        size = max(1, (1 << 17) // logits.shape[1]) if logits.device.type == "cpu" else len(weight)
-        for start in range(0, len(weight), size):  # in pieces that stay in a core's cache
-            rows, w = slice(start, start + size), weight[start : start + size]
-            chosen = rows if index is None else index[rows]
-            log_p, log_q = target[chosen].log_softmax(-1), logits[chosen].log_softmax(-1)
-            p = log_p.exp()
-            total += torch.linalg.vecdot(log_p.sub_(log_q), p) @ w
-            gradient[chosen] = log_q.exp_().sub_(p).mul_(w[:, None])
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[override]
-        return ctx.saved_tensors[0] * g, None, None, None
-
-
-def _unflatten(codes: SiteCodes, shape: tuple[int, int]) -> SiteCodes:
-    delta = codes.delta
-    return SiteCodes(codes.strength.unflatten(0, shape), codes.gate.unflatten(0, shape), None if delta is None else delta.unflatten(0, shape))
 
 
 def _key(point: Point) -> str:

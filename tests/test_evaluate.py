@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,16 @@ def test_a_toy_is_scored_by_its_output_error(toy):
     found, _ = table(make(Zero, target), source)
     assert found["cascading", "self", "output_mse", "all", "all"] > 0
     assert not any(metric == "ce_delta" for _, _, metric, _, _ in found)
+
+
+def test_gates_that_read_later_layers_are_not_applicable_on_the_replaced_stream(lm):
+    target, source = lm
+    decomposer = make(Basis, target)
+    last = f"{target.layers - 1}.mlp.out"
+    decomposer.sites = [replace(site, gates_from=(site.slots[0].read, last)) for site in decomposer.sites]
+    (found,) = evaluate([decomposer], source, CONFIG)
+    row = {(r["protocol"], r["gates"]): r for r in found.rows if r["metric"] == "ce_delta" and r["layer"] == "all"}
+    assert row["cascading", "self"]["applicable"] == "no"
+    assert "after its site" in row["cascading", "self"]["reason"]
+    assert row["cascading", "clean"]["applicable"] == "yes"
+    assert row["clean", "self"]["value"] == row["clean", "clean"]["value"]

@@ -64,10 +64,9 @@ def _checked(name: str, check: Any) -> dict[str, str]:
 
 
 def _versions() -> tuple[str, str]:
-    from decomp_bench.provenance import PACKAGES, packages
+    from decomp_bench.provenance import missing_packages, packages
 
-    found = packages()
-    missing = [name for name in PACKAGES if name not in found]
+    found, missing = packages(), missing_packages()
     python = ".".join(map(str, sys.version_info[:3]))
     shown = ("decomp-bench", "torch", "transformers", "numpy")
     text = f"python {python}, " + ", ".join(f"{name} {found[name]}" for name in shown if name in found)
@@ -171,7 +170,8 @@ def trial(method: str, toy: str) -> dict[str, Any]:
             return {**row, "result": "skip", "note": reason}
         config = parse(kind.Config, {"steps": REPORT_STEPS, "warmup": 2} if kind.trainable else {}, method)
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(kind(config, target, layers, 0), Path(folder), lambda line: losses.append(line["loss"]))
+            made = kind(config, target, layers, 0)
+            job = Job(made, Path(folder), probe(made, losses))
             outcome = train([job], data.source(target, DataConfig()), TrainConfig(log_every=1))[0]
     except Exception as error:  # the report is where a broken method shows
         return {**row, "result": "FAIL", "note": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
@@ -182,6 +182,26 @@ def trial(method: str, toy: str) -> dict[str, Any]:
         note = outcome.error or ("" if fell else "the loss did not fall")
         row |= {"result": "FAIL" if note else "pass", "note": note}
     return row
+
+
+def probe(decomposer: Any, losses: list[float]) -> Any:
+    """A log that measures the loss of the first batch as at the end of training: penalties that are annealed do not move it."""
+    import torch
+
+    original, first = decomposer.loss, []
+
+    def loss(batch: Any, progress: float) -> Any:
+        if not first:
+            first.append(batch)
+        return original(batch, progress)
+
+    def log(_line: dict[str, Any]) -> None:
+        with torch.no_grad():
+            draws = [torch.stack([term.float() for term in original(first[0], 1.0).values()]).sum() for _ in range(3)]
+        losses.append(float(torch.stack(draws).mean()))
+
+    decomposer.loss = loss
+    return log
 
 
 # ---- cache

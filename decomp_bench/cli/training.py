@@ -163,14 +163,14 @@ def compare(
     hashes = [set(run.results()["token_hash"]) for run in (one, other)]
     if hashes[0] != hashes[1]:
         raise UserError(f"{one.id} and {other.id} were scored on different tokens; give both the same target, data and eval settings")
-    from decomp_bench.evaluate import compare as paired
+    from decomp_bench.bootstrap import compare as paired
 
     try:
         rows = paired(one.documents(), other.documents(), bootstrap)
     except ValueError as error:
         raise UserError(str(error)) from None
     if not as_json:
-        print(f"{one.id} minus {other.id}")
+        print(f"{other.id} minus {one.id}")
     show(json.loads(rows.to_json(orient="records")), as_json)
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -211,10 +210,9 @@ def extract() -> list[Document]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def extract_cached() -> list[Document]:

@@ -27,6 +27,9 @@ TOY_ROWS_A_DOCUMENT = 64
 class Source:
     """Documents of three disjoint splits as rows of tokens for one target."""
 
+    rows_a_sequence = 1
+    """Rows that make as much work as one sequence."""
+
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
         self.target, self.config = target, config
         self.context = config.context or target.context
@@ -106,6 +109,8 @@ class Source:
 
 class ToySource(Source):
     """A toy's sparse features, drawn from the row's index alone."""
+
+    rows_a_sequence = TOY_ROWS_A_DOCUMENT
 
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
         if config.source is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import StaticCache
 
 from decomp_bench.targets.rows import CONTEXT, Rows
 
@@ -18,16 +18,23 @@ from decomp_bench.targets.rows import CONTEXT, Rows
 def generate(model: nn.Module, start: Tensor, length: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Continue rows of tokens [n, k] to [n, length]; temperature 0 is greedy. BOS (token 0) is never generated."""
     rows = [start]
-    cache, step = DynamicCache(), start
+    cache, step = StaticCache(config=model.config, max_cache_len=length), start  # type: ignore[attr-defined]
     for _ in range(length - start.shape[1]):
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
         logits[:, 0] = -torch.inf
         if temperature:
-            step = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+            step = _drawn(F.softmax(logits / temperature, -1), generator)
         else:
             step = logits.argmax(-1, keepdim=True)
         rows.append(step)
     return torch.cat(rows, 1)
+
+
+def _drawn(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One draw [n, 1] from each row of probabilities [n, vocab], by inversion; token 0 has none and is not drawn."""
+    cumulated = p.double().cumsum(-1)
+    u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).clamp(1, p.shape[1] - 1)
 
 
 def sample_stream(model: nn.Module, tokens: int, seed: int, context: int = CONTEXT, batch: int = 256) -> np.ndarray:

@@ -106,11 +106,6 @@ def test_train_show_compare_audit_and_remove(bench, tmp_path):
 
 
 def test_compare_gives_paired_intervals(bench):
-    pytest.importorskip("decomp_bench.evaluate")
-    from decomp_bench import evaluate
-
-    if not hasattr(evaluate, "compare"):
-        pytest.skip("no paired comparison yet")
     assert bench("train", "probe_cli", *TOY, "--set", "method.k=2,3", *SMALL).code == 0
     one, two = runs.all_runs()
     result = bench("compare", one.id, two.id, "--bootstrap", "50", "--json")

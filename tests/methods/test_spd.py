@@ -262,7 +262,8 @@ def test_stochastic_masks_lie_between_importance_and_one():
     lower = torch.rand(50, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     mask = interpolate(lower, source)
     assert torch.allclose(mask, lower + (1 - lower) * source)
-    assert (mask >= lower).all() and (mask <= 1).all()
+    assert (mask >= lower).all()
+    assert (mask <= 1).all()
     (gradient,) = torch.autograd.grad(mask.sum(), lower)
     assert torch.allclose(gradient, 1 - source)
 
@@ -305,7 +306,7 @@ def a_batch(decomposer: SPD, source, rows=(0, 1, 2)):
 
 
 def test_the_loss_of_a_language_model_and_its_gradients_by_hand(gated_lm, monkeypatch):
-    """With pinned sources the routed KL equals one whose maps are formed explicitly, W_masked = sum of masked parts, position by position."""
+    """With pinned sources, the KL is that of a model whose masked matrices are formed explicitly, position by position."""
     target, source = gated_lm
     spd = small(target, stochastic=1.0, subset=0.0, faithfulness=0.0, importance=0.0)
     batch = a_batch(spd, source)
@@ -377,11 +378,31 @@ def test_a_layer_alone_is_compared_with_the_others_the_target_s(toy):
     errors = []
     for name, part in spd.components.items():
         mask = spd.uniforms.draw(16, part.n, device=CPU)
-        original = target.part(name)
-        hook = original.register_forward_hook(lambda _m, args, _y, part=part, mask=mask, b=original.bias: (args[0] @ part.V * mask) @ part.U + b)
+
+        def alone(module, args, _y, part=part, mask=mask):
+            return (args[0] @ part.V * mask) @ part.U + module.bias
+
+        hook = target.part(name).register_forward_hook(alone)
         errors.append((target(batch.x) - batch.logits).square().mean())
         hook.remove()
     assert torch.allclose(value, torch.stack(errors).mean(), rtol=1e-5)
+
+
+def test_chosen_rows_and_weights_of_all_rows_agree(lm, monkeypatch):
+    """On a GPU every position is computed, with a mask of one where it is not routed and a weight of zero where it is padding."""
+    target, source = lm
+    spd = small(target, delta=False, gate_bias=50.0, beta=0.1)  # all masks are one, whatever the draws
+    batch = a_batch(spd, source)
+    assert batch.length.unique().numel() > 1
+    chosen = spd.loss(batch, 0.5)
+    monkeypatch.setattr("decomp_bench.methods._reconstruction.gathers", lambda _device: False)
+    monkeypatch.setattr("decomp_bench.methods.spd.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
+    whole = spd.loss(batch, 0.5)
+    assert torch.allclose(chosen["importance"], whole["importance"])
+    spd.uniforms = Uniforms(spd.uniforms.seed)
+    monkeypatch.undo()
+    monkeypatch.setattr("decomp_bench.methods.spd.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
+    assert torch.allclose(spd.loss(batch, 0.5)["subset"], whole["subset"], rtol=1e-5)
 
 
 def test_evaluation_masks(lm):
@@ -412,7 +433,8 @@ def test_l0_and_kl_of_a_checkpoint_by_hand(gated_lm):
     logits = spd.logits(inputs, {site.name: inputs[site.name] @ spd.components[site.name].V for site in spd.sites})
     hooks = []
     for name, part in spd.components.items():
-        def masked(_module, args, y, part=part, on=(logits[name] > 0).float()):
+        def masked(_module, args, y, part=part, z=logits[name]):
+            on = (z > 0).float()
             return torch.cat([y[:, :1], ((args[0] @ part.V * on) @ part.U)[:, 1:]], 1)
         hooks.append(target.part(name).register_forward_hook(masked))
     by_hand = target(batch.x)
@@ -443,3 +465,18 @@ def test_directions_sum_to_the_matrix_and_sizes_are_those_of_their_vectors(lm):
         assert torch.allclose(write.T @ read, target.weight(site.name), atol=1e-6)
         assert spd.component_sizes(site) == read.shape[1] + write.shape[1]
         assert len(read) == site.n == round(24 * 1.125)
+
+
+def test_gates_that_start_at_neurons_open_the_neurons_own_components(lm):
+    target, source = lm
+    spd = small(target, components=None, init="neuron", gate_hidden=None).eval()
+    batch = a_batch(spd, source)
+    spd.before_training(iter([batch]))
+    hidden = batch.clean["1.mlp.down"][:, 1:].flatten(0, 1)  # what the target's own neurons do
+    soft = clean_codes(spd.at(mask="soft"), batch)
+    for name in ("1.mlp.up", "1.mlp.down"):
+        gate = soft[name].gate.flatten(0, 1)[:, : hidden.shape[1]]
+        strong = hidden > hidden.quantile(0.9)
+        assert gate[strong].mean() > 1.5 * gate[~strong].mean()
+    without = small(target, components=None, init="neuron", gate_hidden=None, gate_init="random")
+    assert not torch.equal(without.gates["1_mlp"].hidden[0].weight, spd.gates["1_mlp"].hidden[0].weight)

@@ -18,11 +18,11 @@ from decomp_bench.targets.ngrams import NGrams
 from decomp_bench.targets.pydocs import STREAM, train_pydocs
 from decomp_bench.targets.rows import Rows, rows_of
 from decomp_bench.targets.sampling import entropy, read_stream, stream_rows
-from decomp_bench.targets.training import Recipe, cross_entropy, loss_of, new_model, plan, rate
+from decomp_bench.targets.training import Recipe, Schedule, cross_entropy, loss_of, new_model, plan, rates
 
 TINY = Recipe(
-    tokens=6_000, vocab=300, hidden=32, layers=2, heads=2, intermediate=64, context=32, max_position=64, rows=8, window=4, evaluations=3,
-    evaluation_rows=8, checkpoint_seconds=0,
+    tokens=6_000, horizon=9_000, cooldown=3_000, vocab=300, hidden=32, layers=2, heads=2, intermediate=64, context=32, max_position=64,
+    rows=8, window=4, evaluations=3, evaluation_rows=8, checkpoint_seconds=0,
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_a_tiny_training_writes_a_folder_that_transformers_loads(trained: tuple[
     assert json.loads((out / "training.json").read_text()) == record
     curve = (out / "training_curve.csv").read_text().splitlines()
     assert curve[0] == "step,tokens,train_loss,validation_ce"
-    assert len(curve) == TINY.evaluations + 2
+    assert len(curve) > TINY.evaluations
     assert float(curve[-1].split(",")[3]) < float(curve[1].split(",")[3]) - 0.5
     assert "pydocs-4l" in (out / "README.md").read_text()
 
@@ -97,19 +97,28 @@ def test_seeds_decide_the_weights_and_the_order_and_nothing_else_does() -> None:
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
     rows = Rows(torch.zeros(50, 32, dtype=torch.int64), torch.arange(50) % 30 + 2, torch.arange(50))
-    recipe = replace(TINY, tokens=1_000)
-    steps = plan(rows, recipe, 0)
+    steps = plan(rows, 1_000, TINY, 0)
     assert sum(int((rows.lengths[step] - 1).sum()) for step in steps[:-1]) < 1_000
     assert sum(int((rows.lengths[step] - 1).sum()) for step in steps) >= 1_000
-    assert not torch.equal(torch.cat(steps), torch.cat(plan(rows, recipe, 1))[: len(torch.cat(steps))])
-    assert sorted(torch.cat(plan(rows, replace(recipe, tokens=10**6), 0))[:50].tolist()) == list(range(50))
+    assert not torch.equal(torch.cat(steps), torch.cat(plan(rows, 1_000, TINY, 1))[: len(torch.cat(steps))])
+    assert sorted(torch.cat(plan(rows, 10_000, TINY, 0))[:50].tolist()) == list(range(50))
 
 
-def test_the_rate_rises_then_falls_to_zero() -> None:
-    rates = [rate(step, 100, TINY) for step in range(100)]
-    assert max(rates) == 1.0
-    assert rates.index(1.0) == 2
-    assert rates[-1] < 0.02
+def test_the_rate_rises_falls_slowly_then_falls_to_zero() -> None:
+    found = rates(steps=60, horizon=100, cooldown=40, warmup=0.05)
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert found[40] == pytest.approx(60 / 95)
+    assert found[50] == pytest.approx(30 / 95)
+    assert 0 < found[59] < 0.04
+    plain = rates(steps=100, horizon=100, cooldown=100, warmup=0.05)
+    assert plain[52:] == pytest.approx([(100 - i) / 95 for i in range(52, 100)])
+
+
+def test_the_curve_is_denser_in_the_cooldown() -> None:
+    rows = Rows(torch.zeros(400, 32, dtype=torch.int64), torch.full((400,), 31), torch.arange(400))
+    schedule = Schedule.of(rows, replace(TINY, rows=2, tokens=6_000, horizon=12_000, cooldown=3_000, evaluations=10), 0)
+    assert len(schedule.rows) == len(schedule.rates) == 100
+    assert sorted(m for m in schedule.marks if m <= 100) == [0, 20, 40, 50, 60, 70, 80, 90, 100]
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:

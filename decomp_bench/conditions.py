@@ -1,0 +1,84 @@
+"""What a decomposer is measured under: protocol, gate source, and an inference-time choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from decomp_bench.config import EvalConfig
+from decomp_bench.decomposer import Choice, Decomposer, Protocol, layer_of
+
+GLOBAL_GATE = "a gate reads layers after its site, which the replaced stream has not reached"
+UNIT_INPUTS = (".mlp.in", ".mlp.out", ".attn.in")
+
+TRAINED = Choice()
+"""No choice at inference: the sparsity that the run was trained at."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a row was measured under."""
+
+    protocol: Protocol
+    gates: str
+    choice: Choice = TRAINED
+
+    @property
+    def curve(self) -> str:
+        return "inference" if self.choice != TRAINED else "trained"
+
+
+def conditions(decomposer: Decomposer, config: EvalConfig) -> list[Condition]:
+    """Every protocol and gate source, then the inference-time sweep.
+
+    A method that nothing was trained for is swept under every protocol, since its sweep is its curve.
+    """
+    found = [Condition(p, g) for p in config.protocols for g in _measured_gates(decomposer, p, config.gates)]
+    if config.sweep or not decomposer.trainable:
+        protocols, gates = (config.sweep_protocols, config.sweep_gates) if decomposer.trainable else (config.protocols, config.gates)
+        choices = decomposer.sweep()
+        found += [Condition(p, g, choice) for choice in choices for p in protocols for g in _measured_gates(decomposer, p, gates)]
+    return found
+
+
+def _measured_gates(decomposer: Decomposer, protocol: Protocol, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The gate sources to run: one where all are the same by construction, none that the replaced stream cannot compute."""
+    if same_gates(decomposer, protocol):
+        return ("self",) if upstream(decomposer) else ("clean",)
+    return tuple(gates for gates in wanted if gates != "self" or upstream(decomposer))
+
+
+def gate_labels(decomposer: Decomposer, condition: Condition, config: EvalConfig) -> tuple[str, ...]:
+    """The gate sources that a measurement stands for: all where they are the same by construction."""
+    if not same_gates(decomposer, condition.protocol):
+        return (condition.gates,)
+    swept = condition.choice != TRAINED and decomposer.trainable
+    return config.sweep_gates if swept else config.gates
+
+
+def same_gates(decomposer: Decomposer, protocol: Protocol) -> bool:
+    """Whether clean and self gates are the same by construction: clean unit inputs, and gates computed from nothing else."""
+    return protocol != "cascading" and all(p.endswith(UNIT_INPUTS) for site in decomposer.sites for p in site.gates_from)
+
+
+def upstream(decomposer: Decomposer) -> bool:
+    """Whether every gate reads only what comes before its site."""
+    return all(layer_of(point) <= site.layer for site in decomposer.sites for point in site.gates_from)
+
+
+def view_of(decomposer: Decomposer, condition: Condition) -> Decomposer:
+    """The decomposer at the condition's inference-time choice."""
+    return decomposer if condition.choice == TRAINED else decomposer.at(**vars(condition.choice))
+
+
+def columns(decomposer: Decomposer, condition: Condition) -> dict[str, Any]:
+    """The condition as columns of the results schema."""
+    variant = ", ".join(filter(None, (decomposer.variant if decomposer.trainable else "", condition.choice.label))) or decomposer.variant
+    return {
+        "protocol": condition.protocol,
+        "gates": condition.gates,
+        "curve": condition.curve,
+        "variant": variant,
+        "mask": condition.choice.mask or "binary",
+        "delta": "on" if condition.choice.delta else "off",
+    }

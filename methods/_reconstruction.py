@@ -1,0 +1,118 @@
+"""Masked passes in training: which positions count, masked codes for them, and how far the masked model's output is from the target's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from decomp_bench.decomposer import Batch, Codes, Decomposer, SiteCodes
+
+from ._components import RoutedCodes
+from ._masks import Uniforms, interpolate
+
+if TYPE_CHECKING:
+    from decomp_bench.targets import TargetModel
+
+
+def gathers(device: torch.device) -> bool:
+    """Whether positions are chosen by index, which saves work; elsewhere than on a CPU it would wait for the device."""
+    return device.type == "cpu"
+
+
+@dataclass
+class Rows:
+    """The positions that are trained on: their indices among the replaced ones (None: all), and the weights of their mean.
+
+    `place` are their indices among all positions, those that are never replaced included; None: all positions, whose weights
+    `place_weight` then are, 0 where a position does not count.
+    """
+
+    index: Tensor | None
+    weight: Float[Tensor, " rows"]
+    count: float | Tensor
+    place: Tensor | None = None
+    place_weight: Float[Tensor, " places"] | None = None
+
+    def of(self, value: Float[Tensor, "*rows d"]) -> Float[Tensor, "rows d"]:
+        """The rows of a value at all replaced positions."""
+        value = value.reshape(-1, value.shape[-1])
+        return value if self.index is None else value.index_select(0, self.index)
+
+
+def rows_of(batch: Batch, target: TargetModel) -> Rows:
+    """The real positions of a batch that the target's decomposition replaces."""
+    assert batch.x is not None
+    device, first, rows = batch.x.device, int(target.keeps_first), batch.x.shape[0]
+    if batch.length is None:
+        return Rows(None, torch.full((rows,), 1 / rows, device=device), float(rows))
+    real = torch.arange(batch.x.shape[1], device=device) < batch.length[:, None]
+    real[:, :first] = False
+    replaced, count = real[:, first:].flatten(), real.sum()
+    if not gathers(device) or bool(replaced.all()):
+        return Rows(None, replaced / count, count.float(), None, real.flatten() / count)
+    index, place = replaced.nonzero().squeeze(1), real.flatten().nonzero().squeeze(1)
+    weight = torch.full((len(index),), 1 / len(index))
+    return Rows(index, weight, count.float(), place, weight)
+
+
+def masked(lower: Float[Tensor, "rows C"], rows: Rows, chosen: Bool[Tensor, " rows"] | None, uniforms: Uniforms, delta: bool) -> SiteCodes:
+    """Codes of one site with stochastic masks at the chosen rows (None: all), and the target's own map at every other position.
+
+    Their strength is a stand-in, which `encode` replaces by that of the masked pass.
+    """
+    device, local = lower.device, None
+    if gathers(device) and (chosen is not None or rows.index is not None):
+        local = torch.arange(len(lower)) if chosen is None else chosen.nonzero().squeeze(1)
+        lower = lower if chosen is None else lower.index_select(0, local)
+    mask = interpolate(lower, uniforms.draw(*lower.shape, device=device))
+    remainder = uniforms.draw(len(lower), device=device) if delta else None
+    if local is not None:
+        return RoutedCodes(mask, mask, remainder, local if rows.index is None else rows.index.index_select(0, local))
+    if chosen is not None:
+        remainder = torch.where(chosen, 0.0 if remainder is None else remainder, 1.0)
+        mask = torch.where(chosen[:, None], mask, 1.0)
+    return SiteCodes(mask, mask, remainder)
+
+
+def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, layers: tuple[int, ...]) -> Float[Tensor, ""]:
+    """KL(target || masked) on logits, or the mean squared error of a regression, over the rows, with these codes as gates."""
+    assert batch.x is not None
+    assert batch.logits is not None
+    if not decomposer.target.is_lm:
+        output = decomposer.replaced(batch, layers, gates=codes).logits
+        return (output - batch.logits).square().mean()
+    whole = {name: value if isinstance(value, RoutedCodes) else _unflatten(value, len(batch.x)) for name, value in codes.items()}
+    output = decomposer.replaced(batch, layers, gates=whole).logits
+    return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
+
+
+def _unflatten(codes: SiteCodes, sequences: int) -> SiteCodes:
+    strength, gate = (value.unflatten(0, (sequences, -1)) for value in (codes.strength, codes.gate))
+    return SiteCodes(strength, gate, None if codes.delta is None else codes.delta.unflatten(0, (sequences, -1)))
+
+
+class _KL(torch.autograd.Function):
+    """Weighted sum over some rows of KL(softmax(target) || softmax(logits)); only the logits get a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, target, index, weight):
+        gradient = torch.empty_like(logits) if index is None else torch.zeros_like(logits)
+        total = logits.new_zeros(())
+        size = max(1, (1 << 17) // logits.shape[1]) if logits.device.type == "cpu" else len(weight)
+        for start in range(0, len(weight), size):  # in pieces that stay in a core's cache
+            rows, w = slice(start, start + size), weight[start : start + size]
+            chosen = rows if index is None else index[rows]
+            log_p, log_q = target[chosen].log_softmax(-1), logits[chosen].log_softmax(-1)
+            p = log_p.exp()
+            total += torch.linalg.vecdot(log_p.sub_(log_q), p) @ w
+            gradient[chosen] = log_q.exp_().sub_(p).mul_(w[:, None])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        return ctx.saved_tensors[0] * g, None, None, None
