@@ -41,7 +41,7 @@ def ablations(source: Source, config: EvalConfig, rows: int, layers: tuple[int, 
 
 @torch.no_grad()
 def _measure(source: Source, config: EvalConfig, rows: int, layers: tuple[int, ...], statistics: OutputStatistics) -> Arrays:
-    documents = int(source.batch(config.split, np.array([rows - 1])).doc.max()) + 1  # type: ignore[union-attr]
+    documents = source.documents_in(config.split, rows)
     sums: dict[tuple[str, str], torch.Tensor] = {}
     zero = {layer: torch.zeros_like(mean) for layer, mean in statistics.mean.items()}
     parts = {"all": layers} | {str(layer): (layer,) for layer in layers}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Progress = Callable[[dict[str, Any]], None]
 
 
-def train(method: str, *, existing: Existing = "resume", progress: Progress | None = None, **options: Any) -> Run:
-    """Train a run, or find it where it is trained already: `train("transcoder", target="pydocs-4l", k=16, steps=200)`.
+def train_run(method: str, *, existing: Existing = "resume", progress: Progress | None = None, **options: Any) -> Run:
+    """Train a run, or find it where it is trained already: `train_run("transcoder", target="pydocs-4l", k=16, steps=200)`.
 
     Options are those of a run (`target`, `layers`, `seed`, `data`, `eval`, `train`) and, by their own names, the method's.
     """
@@ -27,11 +27,11 @@ def train(method: str, *, existing: Existing = "resume", progress: Progress | No
 
     own = {key: value for key, value in options.items() if key not in RunConfig.model_fields}
     rest = {key: value for key, value in options.items() if key in RunConfig.model_fields}
-    config = parse(RunConfig, {**rest, "method": method, "method_config": {**rest.get("method_config", {}), **own}}, "train()")
+    config = parse(RunConfig, {**rest, "method": method, "method_config": {**rest.get("method_config", {}), **own}}, "train_run()")
     return _done(execute([config], existing, "", progress, "train")[0])
 
 
-def evaluate(run: Run | str, *, again: bool = False, progress: Progress | None = None, **options: Any) -> pd.DataFrame:
+def evaluate_run(run: Run | str, *, again: bool = False, progress: Progress | None = None, **options: Any) -> pd.DataFrame:
     """A run's results, measured where they are not there yet.
 
     Options are those of `EvalConfig` (`tokens=20_000`); results under other options are another run with the same weights.
@@ -45,7 +45,7 @@ def evaluate(run: Run | str, *, again: bool = False, progress: Progress | None =
     if not run.trained:
         raise UserError(f"run {run.id} is not trained ({run.status}); continue it: {run.resume_command}")
     config = run.config
-    changed = parse(EvalConfig, merge(config.eval.model_dump(), options), "evaluate()")
+    changed = parse(EvalConfig, merge(config.eval.model_dump(), options), "evaluate_run()")
     mode = "evaluate" if again or not run.evaluated else "all"
     return _done(execute([config.model_copy(update={"eval": changed})], "resume", "", progress, mode)[0]).results()
 
@@ -64,8 +64,8 @@ def load_target(uri: str = "pydocs-4l", device: str = "cpu") -> TargetModel:
     return load(uri, device)
 
 
-def results(experiment: str, target: str | None = None, *, preset: str | None = None, directory: Path | None = None) -> pd.DataFrame:
-    """An experiment's results on a target, as a tidy frame: `results("011")`."""
+def load_results(experiment: str, target: str | None = None, *, preset: str | None = None, directory: Path | None = None) -> pd.DataFrame:
+    """An experiment's results on a target, as a tidy frame: `load_results("011")`."""
     from decomp_bench.experiment import load
     from decomp_bench.results import read
 

@@ -107,7 +107,7 @@ def _plan(
     statistics: OutputStatistics,
 ) -> tuple[list[list[_Measured]], list[_Measured | None]]:
     """What is to be measured of each decomposer, and of its snapshot under the headline condition."""
-    documents = int(source.batch(config.split, np.array([rows - 1])).doc.max()) + 1  # type: ignore[union-attr]
+    documents = source.documents_in(config.split, rows)
     bases = {layers: ablations(source, config, rows, layers, statistics) for layers in {d.layers for d in decomposers}}
     plans = [[_Measured(d, c, documents, bases[d.layers]) for c in conditions(d, config)] for d in decomposers]
     headline = Condition("cascading", "clean")
@@ -165,7 +165,9 @@ def _report(
     """A decomposer's sums as rows, documents and verdict."""
     rows, frames = [], []
     common = describe(decomposer, source, config, token_hash)
-    weights = resampled(plan[0].documents, config.bootstrap)
+    scored = plan[0].arrays()["tokens", "all"] > 0  # a prefix of the rows may leave documents out
+    weights = np.zeros((1 + config.bootstrap, len(scored)))
+    weights[:, scored] = resampled(int(scored.sum()), config.bootstrap)
     for measured in plan:
         live = measured.liveness.sums(1 if measured.condition.protocol == "single" else len(decomposer.layers), DENSE)
         alive = {name: int(value) for (quantity, name), value in live.items() if quantity == "fired"}

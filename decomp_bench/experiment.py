@@ -30,8 +30,10 @@ class RunSpec(Config):
     config: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """Config key -> values; several keys span their product."""
+    at: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """`key=value` of a swept value -> settings of that point alone (`eval`, say a sweep at inference)."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Preset -> what it changes in this entry (`config`, `sweep`, `layers`)."""
+    """Preset -> what it changes in this entry (`config`, `sweep`, `layers`, `at`)."""
 
 
 class ExperimentConfig(Config):
@@ -191,6 +193,8 @@ def _spec_configs(
     for seed in seeds:
         for point in points:
             base = {**common, "method": spec.method, "layers": spec.layers, "seed": seed, "method_config": point}
+            for key, value in point.items():
+                base = merge(base, spec.at.get(f"{key}={value}", {}))
             made += [parse(RunConfig, merge(base, over), where if not sets else f"{where} with --set") for over in parse_set(list(sets))]
     return made
 

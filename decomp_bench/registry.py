@@ -43,7 +43,10 @@ def method(name: str) -> type[Decomposer]:
     """The class of a method; raises UserError for an unknown name."""
     file = _files().get(name)
     if file is not None:
-        module = _load(name, file)
+        try:
+            module = _load(name, file)
+        except (ImportError, SyntaxError) as error:
+            raise UserError(f"{file} cannot be imported: {type(error).__name__}: {error}") from None
         from decomp_bench.decomposer import Decomposer
 
         found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Decomposer) and c.__dict__.get("name") == name]

@@ -296,13 +296,19 @@ class _Run:
         assert self.optimiser is not None
         for index, parameter in enumerate(self._parameters()):
             prefix = f"optimiser/{index}/"
-            self.optimiser.state[parameter] = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            self.optimiser.state[parameter] = {k: _laid_out_as(v, parameter) for k, v in kept.items()}
         self.step = int(about["step"])
         self.outcome = Outcome(self.step, int(about["tokens"]), float(about["seconds"]), float(about["flops"]))
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         assert self.optimiser is not None
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+
+
+def _laid_out_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """A saved moment in its parameter's memory layout, which the fused optimiser takes for granted and a file does not keep."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def clone(decomposer: Decomposer) -> Decomposer:

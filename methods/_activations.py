@@ -20,7 +20,7 @@ from decomp_bench.decomposer import Choice
 from ._sparse import Support, decode_at, support_of, top_of_batch, top_of_rows
 
 if TYPE_CHECKING:
-    from ._dictionary import DictionaryConfig
+    from ._coder import DictionaryConfig
 
 
 DENSE_ABOVE = 0.2
@@ -86,7 +86,7 @@ class Activation(nn.Module):
         """The entries that training computes; None: all of them. Every entry with a value or a gradient is among them."""
         return _worthwhile(pre > 0)
 
-    def value(self, pre: Float[Tensor, ...], col: Int[Tensor, " active"] | None = None) -> Float[Tensor, ...]:
+    def value(self, pre: Float[Tensor, "*shape"], col: Int[Tensor, " active"] | None = None) -> Float[Tensor, "*shape"]:
         """Gated strengths with the gradient that training uses, of all entries [rows, n] or, with `col`, at a support's entries."""
         return pre.relu()
 
@@ -133,7 +133,7 @@ class JumpReLU(Activation):
     def support(self, pre: Float[Tensor, "rows n"]) -> Support | None:
         return _worthwhile(pre > self.log_threshold.exp() - self.config.bandwidth / 2)
 
-    def value(self, pre: Float[Tensor, ...], col: Int[Tensor, " active"] | None = None) -> Float[Tensor, ...]:
+    def value(self, pre: Float[Tensor, "*shape"], col: Int[Tensor, " active"] | None = None) -> Float[Tensor, "*shape"]:
         return _Jump.apply(pre, self._log_threshold(pre, col), self.config.bandwidth)  # type: ignore[return-value]
 
     def penalty(self, code: Code, decoder: Float[Tensor, "n d"]) -> Tensor:
@@ -258,25 +258,25 @@ class StrengthCounts:
 
     BINS, LOW, HIGH = 1 << 16, -20.0, 12.0  # in powers of two: neighbouring edges differ by 0.03%
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self) -> None:
         self.rows = 0
-        self.counts = torch.zeros(self.BINS, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(self.BINS, dtype=torch.float64)
 
     def add(self, pre: Float[Tensor, "rows n"]) -> None:
         """Count the strengths of some rows."""
         self.rows += len(pre)
         exponent = pre[pre > 2**self.LOW].log2().clamp(max=self.HIGH)
-        self.counts += torch.histc(exponent.float(), self.BINS, self.LOW, self.HIGH)
+        self.counts += torch.histc(exponent.float(), self.BINS, self.LOW, self.HIGH).cpu()
 
     def thresholds(self, k: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """For each k, the strength that k components of a row exceed on average; 0 where fewer are ever positive."""
         above = self.counts.flip(0).cumsum(0) / max(self.rows, 1)  # mean count at or above the lower edge of bin BINS - 1 - i
-        wanted = k.double()
+        wanted = k.to("cpu", torch.float64)
         i = torch.searchsorted(above, wanted).clamp(max=self.BINS - 1)
         below = torch.where(i > 0, above[(i - 1).clamp(min=0)], 0.0)
         share = ((wanted - below) / (above[i] - below).clamp(min=1e-12)).clamp(0, 1)
         exponent = self.HIGH - (i + share) * (self.HIGH - self.LOW) / self.BINS
-        return torch.where(wanted > above[-1], 0.0, torch.exp2(exponent)).to(k.dtype)
+        return torch.where(wanted > above[-1], 0.0, torch.exp2(exponent)).to(k)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}

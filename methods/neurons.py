@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from decomp_bench.config import MethodConfig
-from decomp_bench.decomposer import Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot
+from decomp_bench.decomposer import Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
 from decomp_bench.targets import TargetModel
 
 from ._sparse import top_of_rows
@@ -93,7 +93,7 @@ class Neurons(Decomposer):
         return sum(self.target.size(point) for point in reads) + self.target.width
 
     def constant_size(self, write: Point) -> int:
-        bias = self._parts[int(write.split(".")[0])][1].bias
+        bias = self._parts[layer_of(write)][1].bias
         return 0 if bias is None else bias.numel()  # type: ignore[operator]
 
     def directions(self, site: Site, slot: Slot) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from decomp_bench.decomposer import Point
 
-from ._dictionary import Dictionary, DictionaryConfig
+from ._coder import DictionaryConfig
+from ._dictionary import Dictionary
 
 
 class RandomDirectionsConfig(DictionaryConfig):

@@ -45,14 +45,15 @@ class Bank(nn.Module):
     @staticmethod
     def of_map(weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None) -> Bank:
         """Singular components of a linear map."""
-        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-        return Bank((s[:, None] * v).to(weight.dtype), u.T.contiguous().to(weight.dtype), bias)
+        u, s, v = torch.linalg.svd(weight.detach().to("cpu", torch.float64), full_matrices=False)
+        return Bank((s[:, None] * v).to(weight), u.T.contiguous().to(weight), bias)
 
     @torch.no_grad()
     def take_principal(self, y: Float[Tensor, "rows d"]) -> None:
         """Become the principal components of data around its mean."""
-        mean = y.double().mean(0)
-        centred = y.double() - mean
+        y = y.to("cpu", torch.float64)
+        mean = y.mean(0)
+        centred = y - mean
         basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T
         for own, value in ((self.reader, basis), (self.writer, basis), (self.centre, mean), (self.bias, mean)):
             own.copy_(value)

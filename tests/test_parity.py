@@ -194,11 +194,11 @@ def test_an_spd_checkpoint_scores_as_by_hand(shape, gate, request, tmp_path):
     config = {"gate": gate, "gate_hidden": (8,), "components": 20, "init": "random", "importance": 0.05, "steps": 20, "warmup_faith": 50}
     spd = trained("spd", target, source, tmp_path, **config, batch=8, gate_bias=0.1, gate_lr=2e-2)
     spd.sweep = lambda: [Choice(mask="all", delta=True)]
-    (found,) = evaluate([spd], source, EvalConfig(bootstrap=2, sweep_gates=("clean", "self"), tokens=900))
+    (found,) = evaluate([spd], source, EvalConfig(bootstrap=2, sweep_gates=("clean", "self"), tokens=600))
     model = by_hand.Model(folder)
     train_rows = source.rows("train")
     means = by_hand.mean_outputs(model, by_hand.full_rows(train_rows.tokens, train_rows.length))
-    test_rows = source.rows("test").first(900)
+    test_rows = source.rows("test").first(600)
     rows = by_hand.full_rows(test_rows.tokens, test_rows.length)
     assert len(rows) > 3, "rows of several lengths"
     masked, everything = (by_hand.SPD(tmp_path / "checkpoint", model, on, on) for on in (False, True))

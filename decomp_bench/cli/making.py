@@ -52,7 +52,7 @@ class {title}(Decomposer):
             width = self.target.size(slot.read)
             directions = torch.randn(self.config.n, width, generator=generator) * width**-0.5
             self.read[str(layer)] = nn.Parameter(directions)
-            self.write[str(layer)] = nn.Parameter(directions.clone())
+            self.write[str(layer)] = nn.Parameter(torch.zeros_like(directions))
             self.bias[str(layer)] = nn.Parameter(torch.zeros(width))
 
     def encode(self, inputs: Inputs, gates: Codes | None = None) -> Codes:

@@ -60,7 +60,7 @@ class Source:
         tokenizer = self.target.tokenizer
         text = hashlib.sha256("\0".join(f"{d.name}\0{d.label}\0{d.text}" for d in documents).encode()).hexdigest()
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        file = cache_dir() / "rows" / f"{digest([text, vocabulary, self.context, 1], 20)}.npz"
+        file = cache_dir() / "rows" / f"{digest([text, vocabulary, self.context, 2], 20)}.npz"
         try:
             kept = np.load(file, allow_pickle=False)
             names, labels = (tuple(str(v) for v in kept[key]) for key in ("documents", "labels"))
@@ -101,6 +101,10 @@ class Source:
         """How many rows from the start of a split score this many tokens."""
         return len(self.rows(split).first(tokens).length)
 
+    def documents_in(self, split: str, rows: int) -> int:
+        """One more than the largest document index among the first rows of a split."""
+        return int(self.rows(split).doc[:rows].max()) + 1
+
     def token_hash(self, split: str, rows: int) -> str:
         """Hash of the first rows of a split: what a result was measured on."""
         whole = self.rows(split)
@@ -136,6 +140,9 @@ class ToySource(Source):
 
     def evaluation_rows(self, split: str, tokens: int) -> int:
         return min(self.size(split), -(-tokens // TOY_ROWS_A_DOCUMENT) * TOY_ROWS_A_DOCUMENT)
+
+    def documents_in(self, split: str, rows: int) -> int:
+        return -(-rows // TOY_ROWS_A_DOCUMENT)
 
     def token_hash(self, split: str, rows: int) -> str:
         return digest([self.hash, split, rows], 16)

@@ -109,7 +109,7 @@ class Rows:
 def to_rows(documents: list[Document], tokenizer: Any, context: int, split: str) -> Rows:
     """Cut each document into rows: the beginning-of-text token, then up to context - 1 tokens. A row never mixes documents.
 
-    Documents come in the order of their names' hashes, so that any prefix is a fair sample. Raises UserError where nothing is left.
+    Rows come in a fixed random order, so that any prefix is a fair sample of all documents. Raises UserError where nothing is left.
     """
     ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).hexdigest())
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -127,10 +127,11 @@ def to_rows(documents: list[Document], tokenizer: Any, context: int, split: str)
                 doc.append(index)
     if not ids:
         raise UserError(f"the {split} split has no row of at least {SHORTEST_ROW} tokens: give more or longer documents in data.source")
+    shuffled = np.random.default_rng(0).permutation(len(ids))
     return Rows(
-        np.array(ids, np.int32),
-        np.array(length, np.int32),
-        np.array(doc, np.int32),
+        np.array(ids, np.int32)[shuffled],
+        np.array(length, np.int32)[shuffled],
+        np.array(doc, np.int32)[shuffled],
         tuple(d.name for d in ordered),
         tuple(d.label for d in ordered),
     )

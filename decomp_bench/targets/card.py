@@ -62,10 +62,11 @@ The texts belong to their authors, under these licences:
 {licences}
 
 ## Training
-{tokens:,} tokens in {steps:,} steps of {rows} rows, about {passes:.1f} passes over the training split; seed {seed}. Muon on the hidden
-matrices (peak rate {muon_lr}), AdamW on embedding and norms ({lr}), linear warm-up over {warmup:.0%} of the steps and linear decay to zero,
-clipping at {clip}. fp32 on {threads} thread: with the versions in `training.json` the weights repeat bit for bit. It took {minutes:.0f}
-minutes on one core of a shared machine. The curve is in `training_curve.csv`.
+{tokens:,} tokens in {steps:,} steps of {rows} rows, {passes:.1f} passes over the training split; seed {seed}. Muon on the hidden
+matrices (peak rate {muon_lr}), AdamW on embedding and norms ({lr}). The rate rises linearly over {warmup:.0%} of {horizon:,} tokens, falls
+along a line that would reach zero at the end of these, and from {cooldown:,} tokens on along a steeper one that reaches zero where
+training ends. Gradients are clipped at {clip}. fp32 on {threads} thread: with the versions in `training.json` the weights repeat bit
+for bit. It took {minutes:.0f} minutes on one core of a busy machine. The curve is in `training_curve.csv`.
 
 Made by `decomp-bench target train pydocs-4l{option}`.
 

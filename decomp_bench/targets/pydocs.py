@@ -125,7 +125,7 @@ def _record(
         "cross_entropy": figures,
         "bigram_alpha": alpha,
         "check": {"split": "validation", "rows": len(first), "cross_entropy": cross_entropy(model, first)},
-        "samples": {"prompt": PROMPT, **samples(model, tokenizer, PROMPT, 120, seed)},
+        "samples": {"prompt": PROMPT, **samples(model, tokenizer, PROMPT, 160, seed)},
     }
 
 

@@ -181,13 +181,13 @@ def test_cache_shows_and_evicts(bench, tmp_path):
 
 
 def test_the_same_from_python(bench):
-    run = api.train("probe_cli", target="toy:resid_mlp1", k=2, n=24, steps=6, batch=64)
-    frame = api.evaluate(run, tokens=320, batch=160, bootstrap=20, sweep=False)
+    run = api.train_run("probe_cli", target="toy:resid_mlp1", k=2, n=24, steps=6, batch=64)
+    frame = api.evaluate_run(run, tokens=320, batch=160, bootstrap=20, sweep=False)
     assert len(frame) > 0
     assert api.load_run(run.id).id == run.id
     import decomp_bench
 
-    assert callable(decomp_bench.train)
-    assert callable(decomp_bench.results)
+    assert callable(decomp_bench.train_run)
+    assert callable(decomp_bench.load_results)
     assert decomp_bench.train.Job
     assert decomp_bench.load_target("toy:resid_mlp1").layers == 1

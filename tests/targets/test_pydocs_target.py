@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from decomp_bench.data import pydocs
 from decomp_bench.data.documents import Document
 from decomp_bench.targets import ASSETS
+from decomp_bench.targets.card import card
 from decomp_bench.targets.muon import orthogonalised
 from decomp_bench.targets.ngrams import NGrams
 from decomp_bench.targets.pydocs import STREAM, train_pydocs
@@ -159,6 +160,7 @@ def test_a_committed_target_has_its_recorded_cross_entropy(name: str) -> None:
     rows = rows_of(documents, tokenizer, record["recipe"]["context"], "validation").head(record["check"]["rows"])
     same = pydocs.corpus_hash() == record["corpus"]["hash"]
     assert cross_entropy(model, rows) == pytest.approx(record["check"]["cross_entropy"], abs=1e-4 if same else 0.3)
+    assert (folder / "README.md").read_text() == card(record)
     figures = record["cross_entropy"]
     assert all(v["model"] < v["bigram"] - 0.5 < v["unigram"] for v in figures.values())
     assert sum(file.stat().st_size for file in folder.iterdir() if file.name != STREAM) < 5_000_000
