@@ -33,7 +33,7 @@ def ablations(source: Source, config: EvalConfig, rows: int, layers: tuple[int, 
 
     def save(path: Path) -> None:
         with path.open("wb") as stream:
-            np.savez(stream, **{"@".join(key): value for key, value in sums.items()})
+            np.savez(stream, allow_pickle=False, **{"@".join(key): value for key, value in sums.items()})
 
     atomically(file, save)
     return sums

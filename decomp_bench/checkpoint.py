@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling, then rename it into place; on any failure the old file stays and no scrap is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

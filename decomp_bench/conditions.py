@@ -29,11 +29,13 @@ class Condition:
 
 
 def conditions(decomposer: Decomposer, config: EvalConfig) -> list[Condition]:
-    """Every protocol and gate source, then the inference-time sweep.
+    """Every protocol and gate source; everything on, and the dense remainder on, where a method has them; then the sweep at inference.
 
     A method that nothing was trained for is swept under every protocol, since its sweep is its curve.
     """
     found = [Condition(p, g) for p in config.protocols for g in _measured_gates(decomposer, p, config.gates)]
+    whole = {"mask": Choice(mask="all"), "delta": Choice(delta=True)}
+    found += [Condition(config.protocols[0], "clean", choice) for key, choice in whole.items() if key in decomposer.swept]
     if config.sweep or not decomposer.trainable:
         protocols, gates = (config.sweep_protocols, config.sweep_gates) if decomposer.trainable else (config.protocols, config.gates)
         choices = decomposer.sweep()

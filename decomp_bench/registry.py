@@ -1,4 +1,4 @@
-"""Names to methods. A method is one file of methods/ (or an entry point `decomp_bench.methods` of another package), imported when asked for."""
+"""Names to methods: one file of methods/ each, or an entry point `decomp_bench.methods` of another package; imported when asked for."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def _load(name: str, file: Path):
         return importlib.import_module(qualified)
     importlib.import_module("decomp_bench.methods")  # siblings of a method in another folder are the project's shared parts
     spec = importlib.util.spec_from_file_location(qualified, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
     try:

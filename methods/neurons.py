@@ -25,8 +25,8 @@ class FloorConfig(MethodConfig):
 
 
 def geometric(n: int, first: int = 4) -> list[Choice]:
-    """Choices of k that double from `first` up to all n components."""
-    ks = [first * 2**i for i in range(n.bit_length()) if first * 2**i < n]
+    """Choices of k from `first` in steps of about 2.8 (4, 11, 32, 91, ...), and all n components."""
+    ks = [round(first * 8 ** (i / 2)) for i in range(n.bit_length()) if round(first * 8 ** (i / 2)) < 0.75 * n]
     return [Choice(k=k) for k in [*ks, n]]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from decomp_bench.decomposer import Point
 
 from ._coder import DictionaryConfig

@@ -100,7 +100,7 @@ class SPD(Decomposer):
     paper = "Bushnaq, Braun, Sharkey 2025, Stochastic Parameter Decomposition, arXiv:2506.20790"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 20, "batch": 2, "warmup_faith": 50, "gamma_end": None},  # annealing raises the penalty of the same importances
-        "laptop": {"steps": 600, "batch": 2, "warmup_faith": 100},
+        "laptop": {"steps": 400, "batch": 2, "warmup_faith": 100},
         "paper": {  # the authors' two-layer language model ("main" form), without its adversarial term
             "steps": 200_000, "batch": 64, "lr": 5e-4, "gate_lr": 5e-4, "clip": 0.01, "gate_clip": None, "init": "random", "gate_bias": 0.0,
             "gate_hidden": (550,), "penalty": "lp", "p_end": 0.3, "beta": 0.1, "importance": 1e-3, "faithfulness": 1e6,

@@ -85,7 +85,8 @@ class ActivationStream:
         size = self.source.size(self.split)
         a_epoch = max(1, size // self.sequences)
         epoch, place = divmod(block, a_epoch)
-        return order(size, self.source.config.seed, epoch)[place * self.sequences : (place + 1) * self.sequences]
+        start = place * self.sequences
+        return order(size, self.source.config.seed, epoch)[start : start + self.sequences]
 
     def _batches_in(self, block: int) -> int:
         index = self._index(block)
@@ -94,9 +95,7 @@ class ActivationStream:
         if scored < self.rows:
             from decomp_bench.errors import UserError
 
-            raise UserError(
-                f"a block of {len(index)} rows has {scored} positions, fewer than method.batch={self.rows}: use a smaller batch or more data"
-            )
+            raise UserError(f"{len(index)} rows have {scored} positions, fewer than method.batch={self.rows}: make one smaller")
         return scored // self.rows
 
     def _load(self, block: int) -> dict[str, Tensor]:

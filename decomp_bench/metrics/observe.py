@@ -161,7 +161,8 @@ def write_norms(decomposer: Decomposer, site: Site) -> Tensor:
 
 
 def _cross_entropy(scored: Scored, logp: Tensor) -> Tensor:
-    assert scored.batch.x is not None and scored.next_kept is not None
+    assert scored.batch.x is not None
+    assert scored.next_kept is not None
     nll = -logp.gather(-1, scored.batch.x[:, 2:, None]).squeeze(-1)
     return nll.double() * scored.next_kept
 

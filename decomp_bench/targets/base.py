@@ -150,7 +150,11 @@ class TargetModel:
             prefix, end = point, "in"
         module = self.part(prefix)
         if end == "out":
-            return module.register_forward_hook(lambda _m, _a, out: found.__setitem__(point, out[0] if isinstance(out, tuple) else out))
+
+            def keep_output(_module: nn.Module, _args: tuple, output: Any) -> None:
+                found[point] = output[0] if isinstance(output, tuple) else output
+
+            return module.register_forward_hook(keep_output)
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             found[point] = args[0] if args else kwargs["hidden_states"]

@@ -70,7 +70,7 @@ def train_pydocs(
     corpus_hash = pydocs.hash_of(chain.from_iterable(corpus.values()))
     stream_tokens = (0 if seed else STREAM_TOKENS) if stream_tokens is None else stream_tokens
     tokenizer = as_transformers(train_tokenizer((d.text for d in corpus["train"]), recipe.vocab))
-    rows = {split: rows_of(list(corpus[split]), tokenizer, recipe.context, split) for split in pydocs.SPLITS}
+    rows = {split: rows_of(list(corpus[split]), tokenizer, recipe.context) for split in pydocs.SPLITS}
     checkpoint = (work or cache_dir() / "targets") / f"{recipe.key(seed, corpus_hash)}.pt"
     model, fitted = fit(rows["train"], rows["validation"], recipe, seed, checkpoint, say)
     say(fitted["steps"], fitted["steps"], {"stage": "evaluating"})

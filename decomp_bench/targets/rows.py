@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from decomp_bench.data.documents import Document
-from decomp_bench.data.text import to_rows
+from decomp_bench.data.text import SHORTEST_ROW
 
 CONTEXT = 256  # tokens in a row, the leading BOS among them
 
@@ -51,10 +51,23 @@ class Rows:
         return int((self.lengths - 1).sum())
 
 
-def rows_of(documents: list[Document], tokenizer: Any, context: int, split: str) -> Rows:
-    """The rows of some documents, cut as every evaluation cuts them."""
-    rows = to_rows(documents, tokenizer, context, split)
-    return Rows(*(torch.from_numpy(part.astype(np.int64)) for part in (rows.tokens, rows.length, rows.doc)))
+def rows_of(documents: list[Document], tokenizer: Any, context: int) -> Rows:
+    """The same rows that evaluation cuts (`data.text.to_rows`), in an order of their own that decides the trained weights.
+
+    Documents come in the order of the hashes of their names, and the rows of a document in the order of its text.
+    """
+    ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).hexdigest())
+    pieces: list[list[int]] = []
+    origin: list[int] = []
+    for index, ids in enumerate(tokenizer([d.text for d in ordered], add_special_tokens=False)["input_ids"]):
+        found = [ids[start : start + context - 1] for start in range(0, len(ids), context - 1)]
+        found = [piece for piece in found if len(piece) + 1 >= SHORTEST_ROW]
+        pieces += found
+        origin += [index] * len(found)
+    tokens = torch.full((len(pieces), context), tokenizer.bos_token_id, dtype=torch.int64)
+    for row, piece in zip(tokens, pieces, strict=True):
+        row[1 : len(piece) + 1] = torch.tensor(piece)
+    return Rows(tokens, torch.tensor([len(piece) + 1 for piece in pieces]), torch.tensor(origin))
 
 
 def batches(rows: Rows, size: int) -> Iterable[Rows]:

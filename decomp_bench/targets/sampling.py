@@ -22,10 +22,7 @@ def generate(model: nn.Module, start: Tensor, length: int, temperature: float, g
     for _ in range(length - start.shape[1]):
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
         logits[:, 0] = -torch.inf
-        if temperature:
-            step = _drawn(F.softmax(logits / temperature, -1), generator)
-        else:
-            step = logits.argmax(-1, keepdim=True)
+        step = _drawn(F.softmax(logits / temperature, -1), generator) if temperature else logits.argmax(-1, keepdim=True)
         rows.append(step)
     return torch.cat(rows, 1)
 

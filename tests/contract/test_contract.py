@@ -128,10 +128,10 @@ def test_nothing_replaced_gives_the_clean_logits_bit_for_bit(one):
 
 def test_one_layer_replaced_equals_splicing_by_hand(one):
     decomposer, _, batch, _ = one
-    layer = decomposer.layers[-1]
+    layer, target = decomposer.layers[-1], decomposer.target
     for protocol in ("cascading", "clean", "single"):
         out = replaced(decomposer, batch, (layer,), protocol)
-        target, spliced = decomposer.target, out.outputs[layer]
+        spliced = out.outputs[layer]
         hook = target.part(f"{layer}.mlp").register_forward_hook(
             lambda _m, _a, y, spliced=spliced: torch.cat([y[:, :1], spliced], 1) if target.keeps_first else spliced
         )

@@ -57,5 +57,5 @@ def test_rows_keep_their_points_together_and_leave_out_first_positions(lm):
 
 
 def test_a_batch_larger_than_a_block_is_one_line(lm):
-    with pytest.raises(UserError, match="use a smaller batch"):
+    with pytest.raises(UserError, match="make one smaller"):
         ActivationStream(lm[1], POINTS, 10**6).batch(0)

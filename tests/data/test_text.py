@@ -82,7 +82,7 @@ def test_too_little_text_is_one_line(lm, tmp_path):
 
 
 def test_a_target_without_data_says_how_to_give_some(lm):
-    with pytest.raises(UserError, match="data.source=FILE"):
+    with pytest.raises(UserError, match=r"data\.source=FILE"):
         open_source(lm[0], DataConfig())
 
 

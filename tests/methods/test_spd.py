@@ -309,7 +309,8 @@ def test_the_loss_of_a_language_model_and_its_gradients_by_hand(gated_lm, monkey
     """With pinned sources, the KL is that of a model whose masked matrices are formed explicitly, position by position."""
     target, source = gated_lm
     spd = small(target, stochastic=1.0, subset=0.0, faithfulness=0.0, importance=0.0)
-    batch = a_batch(spd, source)
+    lengths = source.rows("train").length
+    batch = a_batch(spd, source, (int(lengths.argmin()), int(lengths.argmax()), 0))  # with padding
     fixed = torch.rand(1 << 14, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(Uniforms, "draw", lambda _self, *shape, device: fixed[: math.prod(shape)].view(shape))
     sum(spd.loss(batch, 0.0).values()).backward()
@@ -392,7 +393,8 @@ def test_chosen_rows_and_weights_of_all_rows_agree(lm, monkeypatch):
     """On a GPU every position is computed, with a mask of one where it is not routed and a weight of zero where it is padding."""
     target, source = lm
     spd = small(target, delta=False, gate_bias=50.0, beta=0.1)  # all masks are one, whatever the draws
-    batch = a_batch(spd, source)
+    lengths = source.rows("train").length
+    batch = a_batch(spd, source, (int(lengths.argmin()), int(lengths.argmax()), 0))
     assert batch.length.unique().numel() > 1
     chosen = spd.loss(batch, 0.5)
     monkeypatch.setattr("decomp_bench.methods._reconstruction.gathers", lambda _device: False)

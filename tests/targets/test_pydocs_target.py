@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decomp_bench.data import pydocs
 from decomp_bench.data.documents import Document
+from decomp_bench.data.text import to_rows
 from decomp_bench.targets import ASSETS
 from decomp_bench.targets.card import card
 from decomp_bench.targets.muon import orthogonalised
@@ -50,7 +51,7 @@ def test_a_tiny_training_writes_a_folder_that_transformers_loads(trained: tuple[
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     text = "def f(x):\n    return 'naïve'"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    rows = rows_of(tiny_corpus()["validation"], tokenizer, TINY.context, "validation")
+    rows = rows_of(tiny_corpus()["validation"], tokenizer, TINY.context)
     assert cross_entropy(model, rows) == pytest.approx(record["cross_entropy"]["validation"]["model"], abs=1e-5)
     assert json.loads((out / "training.json").read_text()) == record
     curve = (out / "training_curve.csv").read_text().splitlines()
@@ -58,6 +59,14 @@ def test_a_tiny_training_writes_a_folder_that_transformers_loads(trained: tuple[
     assert len(curve) > TINY.evaluations
     assert float(curve[-1].split(",")[3]) < float(curve[1].split(",")[3]) - 0.5
     assert "pydocs-4l" in (out / "README.md").read_text()
+
+
+def test_training_and_evaluation_cut_the_same_rows(trained: tuple[Path, dict]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    documents = tiny_corpus()["train"]
+    ours, theirs = rows_of(documents, tokenizer, TINY.context), to_rows(documents, tokenizer, TINY.context, "train")
+    assert sorted(ours.tokens.tolist()) == sorted(theirs.tokens.tolist())
+    assert sorted(ours.lengths.tolist()) == sorted(theirs.length.tolist())
 
 
 def test_a_killed_training_continues_to_the_same_weights_bit_for_bit(trained: tuple[Path, dict], tmp_path: Path) -> None:
@@ -157,7 +166,7 @@ def test_a_committed_target_has_its_recorded_cross_entropy(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another version of Python has another standard library
         documents = pydocs.documents("validation")
-    rows = rows_of(documents, tokenizer, record["recipe"]["context"], "validation").head(record["check"]["rows"])
+    rows = rows_of(documents, tokenizer, record["recipe"]["context"]).head(record["check"]["rows"])
     same = pydocs.corpus_hash() == record["corpus"]["hash"]
     assert cross_entropy(model, rows) == pytest.approx(record["check"]["cross_entropy"], abs=1e-4 if same else 0.3)
     assert (folder / "README.md").read_text() == card(record)
