@@ -7,6 +7,7 @@ installed files with `ast` (nothing is imported, nothing is downloaded). One doc
 from __future__ import annotations
 
 import ast
+import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -201,8 +202,14 @@ def _read(path: Path) -> str:
 
 
 def extract() -> list[Document]:
-    """Every document of this installation, sorted by name; about half a minute, without the cache and the manifest."""
-    found = merge((module, label, _read(path)) for module, label, path in _files())
+    """Every document of this installation, sorted by name; about twenty seconds, without the cache and the manifest."""
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are many small objects without cycles: collecting between them takes a fifth of the time
+    try:
+        found = merge((module, label, _read(path)) for module, label, path in _files())
+    finally:
+        if collecting:
+            gc.enable()
     prose = topics(_read(Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py") or "{}")
     return sorted([*found, *(d for d in prose if len(d.text) >= MIN_CHARS)], key=lambda d: d.name)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decomp_bench.data.statistics import OutputStatistics
@@ -26,6 +27,18 @@ class Scored:
     """Positions whose replacement counts, first one cut off for language models."""
     next_kept: Bool[Tensor, "B T2"] | None
     clean_logp: Float[Tensor, "B T2 vocab"] | None
+
+    @cached_property
+    def clean_p(self) -> Float[Tensor, "B T2 vocab"]:
+        """Clean probabilities, computed once for all conditions."""
+        assert self.clean_logp is not None
+        return self.clean_logp.exp()
+
+    @cached_property
+    def clean_best(self) -> Int[Tensor, "B T2"]:
+        """The clean model's most likely next token."""
+        assert self.clean_logp is not None
+        return self.clean_logp.argmax(-1)
 
     @staticmethod
     def of(batch: Batch, is_lm: bool) -> Scored:
@@ -58,8 +71,8 @@ def behaviour_sums(scored: Scored, logits: Tensor, part: str) -> RowSums:
     if scored.clean_logp is None or scored.next_kept is None:
         return {("output_error", part): (logits - batch.logits).double().square().flatten(1).mean(1)}
     logp = log_probabilities(logits)
-    kl = (scored.clean_logp.exp() * (scored.clean_logp - logp)).sum(-1)
-    same = logp.argmax(-1) == scored.clean_logp.argmax(-1)
+    kl = (scored.clean_p * (scored.clean_logp - logp)).sum(-1)
+    same = logp.argmax(-1) == scored.clean_best
     return {
         ("ce", part): _rows(_cross_entropy(scored, logp)),
         ("kl", part): _rows(kl.double() * scored.next_kept),
