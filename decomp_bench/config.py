@@ -59,7 +59,8 @@ class DataConfig(Config):
 class EvalConfig(Config):
     """What is measured. Every run of a comparison shares it."""
 
-    split: Literal["validation", "test"] = "test"
+    split: Literal["validation", "test", "stream"] = "test"
+    """stream: text sampled from the embedded target itself, the same on every machine; there the expected CE difference is the KL."""
     tokens: PositiveInt = 1_000_000
     """At most this many scored tokens, from the start of the split's fixed order; whole rows."""
     batch: PositiveInt = 16

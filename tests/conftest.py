@@ -16,7 +16,13 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Nothing a test computes ends in the user's cache, except the corpus' extraction, which is slow and checked by hash."""
-    os.environ["DECOMP_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    from decomp_bench.data.cache import cache_dir
+
+    extracted = list(cache_dir().glob("pydocs-*.json"))
+    folder = tmp_path_factory.mktemp("cache")
+    for file in extracted:
+        (folder / file.name).symlink_to(file)
+    os.environ["DECOMP_BENCH_CACHE"] = str(folder)
     torch.set_num_threads(1)
 
 

@@ -10,7 +10,9 @@ import torch
 
 from decomp_bench.config import EvalConfig
 from decomp_bench.data.statistics import output_statistics
+from decomp_bench.errors import UserError
 from decomp_bench.evaluate import evaluate
+from tests.conftest import open_target
 from tests.planted import Basis, Mean, Zero, make
 
 CONFIG = EvalConfig(tokens=2000, bootstrap=50)
@@ -117,3 +119,16 @@ def test_gates_that_read_later_layers_are_not_applicable_on_the_replaced_stream(
     assert "after its site" in row["cascading", "self"]["reason"]
     assert row["cascading", "clean"]["applicable"] == "yes"
     assert row["clean", "self"]["value"] == row["clean", "clean"]["value"]
+
+
+def test_on_text_sampled_from_the_target_the_cross_entropy_rises_by_the_kl():
+    target, source = open_target("pydocs-4l", None)
+    _, found = table(make(Zero, target, (2,)), source, EvalConfig(split="stream", tokens=8000, bootstrap=200, protocols=("cascading",)))
+    row = {r["metric"]: r for r in found.rows if r["gates"] == "self" and r["layer"] == "all"}
+    assert row["ce_delta"]["lo"] < row["kl"]["value"] < row["ce_delta"]["hi"]
+    assert row["kl"]["value"] > 0.05
+
+
+def test_a_target_without_a_stream_says_so(lm):
+    with pytest.raises(UserError, match="no sampled stream"):
+        lm[1].rows("stream")

@@ -20,6 +20,7 @@ from decomp_bench.targets import NAMED, data_folder
 from decomp_bench.targets.base import TargetModel
 from decomp_bench.targets.toy import sparse_features
 
+STREAM = "stream.uint16"
 TOY_ROWS_A_DOCUMENT = 64
 """A toy's evaluation rows are independent; they are grouped so that intervals are computed as for documents."""
 
@@ -56,6 +57,8 @@ class Source:
         return [document for document in _read(self._origin, self.config.column) if split_of(document.name) == split]
 
     def _load(self, split: str) -> Rows:
+        if split == "stream":
+            return self._stream()
         documents = self.documents(split)
         tokenizer = self.target.tokenizer
         text = hashlib.sha256("\0".join(f"{d.name}\0{d.label}\0{d.text}" for d in documents).encode()).hexdigest()
@@ -81,6 +84,17 @@ class Source:
 
         atomically(file, save)
         return rows
+
+    def _stream(self) -> Rows:
+        """The committed stream that was sampled from the target; every row is a document of its own."""
+        named = NAMED.get(self.target.uri)
+        file = named.path() / STREAM if named else None
+        if file is None or not file.is_file():
+            raise UserError(f"{self.target.uri} has no sampled stream: eval.split=test or validation; pydocs-4l has one")
+        tokens = np.fromfile(file, "<u2").reshape(-1, named.context).astype(np.int32)  # type: ignore[union-attr]
+        each = np.arange(len(tokens), dtype=np.int32)
+        names = tuple(map(str, each))
+        return Rows(tokens, np.full(len(tokens), tokens.shape[1], np.int32), each, names, names)
 
     def batch(self, split: str, index: np.ndarray) -> Batch:
         """Rows of a split by index, cut to the longest of them."""
