@@ -246,15 +246,18 @@ def _seeds_in(folder: Path) -> set[int]:
 
 
 def estimate(config: RunConfig) -> float:
-    """Seconds that a run takes on one core, roughly: the rows that it trains on at the rate usual for its kind, and its evaluation."""
+    """Seconds that a run takes on one core, roughly: what it trains on and is scored on, at rates measured on the embedded target."""
     from decomp_bench.registry import method
 
     kind = method(config.method)
     own = parse(kind.Config, config.method_config, config.method)
+    scored = min(config.eval.tokens, 250_000) / 9000  # seconds of one pass
     if not kind.trainable or own.steps == 0:
-        return 15.0
-    rows = own.steps * own.batch
-    return 15.0 + (rows * (config.data.context or 256) / 3000 if kind.trains_on == "sequences" else rows / 12000)
+        return 10.0 + 40 * scored  # its whole curve is an inference-time sweep
+    rows, passes = own.steps * own.batch, 11 if config.eval.sweep else 6
+    if kind.trains_on == "sequences":
+        return 10.0 + rows * (config.data.context or 256) / 1650 + 2.5 * passes * scored
+    return 10.0 + rows / 20_000 + passes * scored
 
 
 def _apart(config: RunConfig) -> list[Any]:
