@@ -43,6 +43,10 @@ LOOKS = {
 }
 
 
+SMALLEST = 1e-3
+"""Share of the largest mean below which a logarithmic axis stops."""
+
+
 class Scale(NamedTuple):
     """The y axis: linear, log or symlog, its limits, and the sentence that a caption needs."""
 
@@ -60,18 +64,19 @@ def _rounded_up(value: float) -> float:
 
 def y_scale(means: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> Scale:
     """
-    Logarithmic where the means are positive and span more than a decade, linear about 0 in between where some are not positive.
+    Logarithmic where the means are positive and span between one decade and three; linear about 0 and logarithmic beyond where some are
+    not positive or a thousandth of the largest: everything-on controls are zero to rounding, and would stretch a logarithmic axis.
     The limits follow the means; bars may run out of the frame, which the note then says.
     """
     low, high = float(means.min()), float(means.max())
     size = np.abs(means[means != 0])
     wide = size.size > 0 and size.max() / size.min() > 10
-    if wide and low > 0:
+    if wide and low > SMALLEST * high:
         margin = (high / low) ** 0.06
         name, limits, linear, note = "log", (low / margin, high * margin), 0.0, ""
     elif wide:
-        linear = _rounded_up(max(-low, 1e-3 * high))
-        name, limits = "symlog", (-linear, max(high * 1.2, linear))
+        linear = _rounded_up(max(-low, SMALLEST * high))
+        name, limits = "symlog", (min(-0.3 * linear, 1.2 * low), max(high * 1.2, linear))
         note = f"The y axis is linear between {-linear:g} and {linear:g}, logarithmic beyond."
     else:
         margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0

@@ -57,7 +57,7 @@ def styles(frame: pd.DataFrame) -> dict[tuple[str, str], Style]:
         marked[shape] += 1
         colour = COLOURS[coloured % len(COLOURS)] if trainable else GREY
         coloured += trainable
-        label = f"{family} (sees y)" if kind == "autoencoding" else family
+        label = f"{family} (sees y)" if kind == "autoencoding" and "(sees y)" not in family else family
         group = shape if trainable else "floor"
         looks[family, kind] = Style(label, group, colour, tint(colour), marker, SIZES.get(marker, 1.0))
     return looks
