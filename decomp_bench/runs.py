@@ -162,6 +162,13 @@ class Run:
         """Whether results are there."""
         return (self.path / "results.parquet").is_file()
 
+    def decomposer(self, device: str = "cpu") -> Decomposer:
+        """The trained decomposition on its target; raises UserError where there are no weights yet."""
+        from decomp_bench import targets
+        from decomp_bench.decomposer import Decomposer
+
+        return Decomposer.load(self.checkpoint, targets.load(self.config.target, device))
+
     def results(self) -> pd.DataFrame:
         """The run's rows; raises UserError where it has none."""
         from decomp_bench import results

@@ -182,6 +182,7 @@ def test_cache_shows_and_evicts(bench, tmp_path):
 
 def test_the_same_from_python(bench):
     run = api.train_run("probe_cli", target="toy:resid_mlp1", k=2, n=24, steps=6, batch=64)
+    assert run.decomposer().name == "probe_cli"
     frame = api.evaluate_run(run, tokens=320, batch=160, bootstrap=20, sweep=False)
     assert len(frame) > 0
     assert api.load_run(run.id).id == run.id
