@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decomp_bench.checkpoint import atomically
 from decomp_bench.config import EvalConfig, digest
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.data.sources import Source
 from decomp_bench.data.statistics import OutputStatistics
 from decomp_bench.data.streams import with_clean
+from decomp_bench.files import atomically
 from decomp_bench.metrics.observe import Scored, ablation_sums
 
 Arrays = dict[tuple[str, str], np.ndarray]

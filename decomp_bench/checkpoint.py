@@ -1,39 +1,16 @@
-"""Files that are either whole or absent: safetensors and JSON by atomic rename."""
+"""Named tensors in safetensors files that are either whole or absent."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, then rename it into place; on any failure the old file stays and no scrap is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from decomp_bench.files import atomically
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write named tensors as safetensors; shared storage is copied apart."""
     whole = {key: value.detach().contiguous().clone().cpu() for key, value in tensors.items()}
     atomically(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
-
-
-def write_json(data: Any, path: Path) -> None:
-    """Write readable JSON."""
-    atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"))
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write text."""
-    atomically(path, lambda temporary: temporary.write_text(text))

@@ -290,7 +290,8 @@ class Decomposer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `decomposer.safetensors` and `decomposer.json` into a folder, atomically and without pickle."""
-        from decomp_bench.checkpoint import write_json, write_tensors
+        from decomp_bench.checkpoint import write_tensors
+        from decomp_bench.files import write_json
 
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(dict(self.state_dict()), folder / "decomposer.safetensors")

@@ -21,7 +21,7 @@ from decomp_bench.data.streams import with_clean
 from decomp_bench.decomposer import Choice, Codes, Decomposer
 from decomp_bench.metrics import CATALOGUE, HEADLINE, metric_catalogue, metric_versions
 from decomp_bench.metrics.liveness import DENSE
-from decomp_bench.metrics.observe import Liveness, RowSums, Scored, base_sums, behaviour_sums, code_sums, output_sums
+from decomp_bench.metrics.observe import Liveness, RowSums, Scored, activity, base_sums, behaviour_sums, code_sums, output_sums
 from decomp_bench.quantise import coefficient_bits
 from decomp_bench.replacement import clean_codes, clean_points, replaced
 from decomp_bench.rows import context, describe, not_applicable, rows_of
@@ -139,8 +139,9 @@ def _measure(decomposer: Decomposer, plan: list[_Measured], scored: Scored, stat
             sites = [s for s in view.sites if s.name in out.codes and (part == "all" or s.layer == chosen[0])]
             measured.add(behaviour_sums(scored, out.logits, part), doc)
             measured.add(output_sums(scored, out, statistics, int(view.target.keeps_first)), doc)
-            measured.add(code_sums(scored, out, view, sites), doc)
-            measured.liveness.add(scored, out, view, sites)
+            found = activity(scored, out, view, sites)
+            measured.add(code_sums(found), doc)
+            measured.liveness.add(scored, found, view, sites)
 
 
 def _coefficient_bits(decomposers: list[Decomposer], source: Source, config: EvalConfig) -> list[float]:

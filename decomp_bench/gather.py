@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decomp_bench.errors import UserError
+from decomp_bench.files import write_json
 from decomp_bench.runs import Run, runs_folder
 
 if TYPE_CHECKING:
@@ -65,8 +66,6 @@ def _collect_documents(done: list[Run], folder: Path) -> None:
 
 def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     """manifest.json: for every run in the results its manifest and config, so that the run folders need not be kept."""
-    from decomp_bench.checkpoint import write_json
-
     path = plan.folder / "manifest.json"
     try:
         runs = {key: value for key, value in json.loads(path.read_text())["runs"].items() if key in kept}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+
+from decomp_bench.files import atomically
 
 SCHEMA_VERSION = 1
 
@@ -63,16 +64,8 @@ def frame(rows: Iterable[dict]) -> pd.DataFrame:
 
 def write(data: pd.DataFrame, path: Path) -> None:
     """Write a frame as parquet or CSV (by suffix), atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".csv":
-            data.to_csv(temporary, index=False)
-        else:
-            data.to_parquet(temporary, index=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    csv = path.suffix == ".csv"
+    atomically(path, lambda file: data.to_csv(file, index=False) if csv else data.to_parquet(file, index=False))
 
 
 def read(path: Path | str) -> pd.DataFrame:

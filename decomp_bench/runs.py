@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from decomp_bench.config import DataConfig, MethodConfig, RunConfig, digest, parse, read_yaml
 from decomp_bench.errors import UserError
+from decomp_bench.files import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,8 +208,6 @@ class Run:
 
     def update(self, **changes: Any) -> None:
         """Change entries of the manifest, atomically."""
-        from decomp_bench.checkpoint import write_json
-
         known = json.loads((self.path / "manifest.json").read_text()) if (self.path / "manifest.json").exists() else {}
         write_json({**known, **changes, "updated": now()}, self.path / "manifest.json")
 
@@ -256,7 +255,6 @@ def now() -> str:
 
 def create(resolved: ResolvedRun) -> Run:
     """Make a run's folder with config and manifest. It appears whole or not at all."""
-    from decomp_bench.checkpoint import write_json
     from decomp_bench.provenance import made_by
 
     final = runs_folder() / resolved.id

@@ -227,8 +227,8 @@ class _Run:
 
     def _log(self) -> None:
         """Read the steps since the last line, all at once, and judge whether the run is still finite."""
-        keys = self._pending[-1].keys()
-        line = {key: float(torch.stack([terms[key] for terms in self._pending]).float().mean()) for key in keys}
+        keys = dict.fromkeys(key for terms in self._pending for key in terms)  # a term need not be there at every step
+        line = {key: float(torch.stack([terms[key] for terms in self._pending if key in terms]).float().mean()) for key in keys}
         line |= {key: float(value) for key, value in self.decomposer.step_statistics().items()}
         self._pending = []
         line |= {

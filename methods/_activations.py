@@ -94,7 +94,7 @@ class Activation(nn.Module):
         """Sparsity penalty, averaged over rows, before its warm-up."""
         return None
 
-    def observe(self, values: Float[Tensor, " active"]) -> None:
+    def observe(self, values: Float[Tensor, "*shape"]) -> None:
         """Look at the selected strengths of a training step."""
 
     def calibrate(self, counts: StrengthCounts) -> None:
@@ -233,13 +233,13 @@ class BatchTopK(TopK):
         return torch.lerp(self.table_threshold[above - 1], self.table_threshold[above], share)
 
     def gate(self, pre: Float[Tensor, "*rows n"], choice: Choice) -> Float[Tensor, "*rows n"]:
-        return ((pre > self.threshold(choice.k or self.config.k)) & (pre > 0)).to(pre.dtype)
+        return (pre > self.threshold(choice.k or self.config.k).clamp_min(0)).to(pre.dtype)
 
     def support(self, pre: Float[Tensor, "rows n"]) -> Support:
         return top_of_batch(pre, self.config.k * len(pre), self._hint)
 
     @torch.no_grad()
-    def observe(self, values: Float[Tensor, " active"]) -> None:
+    def observe(self, values: Float[Tensor, "*shape"]) -> None:
         if not len(values):
             return
         smallest = values.min()

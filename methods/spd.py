@@ -6,6 +6,7 @@ weight delta as a masked remainder, faithfulness warm-up, uniform-k-subset routi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -195,12 +196,12 @@ class SPD(Decomposer):
         choice = self.choice
         if choice.mask == "all":
             return torch.ones_like(logits)
-        soft = logits.clamp(0, 1)
         if choice.k is not None:  # by the logit: importances saturate at 1 and tie there
             kept = torch.zeros_like(logits).scatter(-1, logits.topk(min(choice.k, logits.shape[-1]), -1).indices, 1.0)
         else:
-            kept = (soft > (choice.threshold or 0.0)).to(logits.dtype)
-        return kept * soft if choice.mask == "soft" else kept
+            threshold = choice.threshold or 0.0
+            kept = (logits > (threshold if threshold < 1 else math.inf)).to(logits.dtype)
+        return kept * logits.clamp(0, 1) if choice.mask == "soft" else kept
 
     def _delta(self, strength: Tensor) -> Tensor | None:
         return torch.ones_like(strength[..., 0]) if self.choice.delta else None

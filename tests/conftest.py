@@ -11,6 +11,11 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401 - the hook looks it up by name
+
+install_import_hook("decomp_bench", "tests.typecheck.typecheck")  # before any import of the package: shapes are checked on every call
 
 
 @pytest.fixture(scope="session", autouse=True)

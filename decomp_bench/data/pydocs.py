@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
-import os
 import sys
 import sysconfig
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.data.documents import Document
+from decomp_bench.files import write_bytes
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1  # raise when the text of a document changes for the same installed file
@@ -214,21 +214,13 @@ def extract() -> list[Document]:
     return sorted([*found, *(d for d in prose if len(d.text) >= MIN_CHARS)], key=lambda d: d.name)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def extract_cached() -> list[Document]:
     """What `extract` returns, kept in the cache folder under the versions of what it was read from."""
     key = hashlib.sha256(json.dumps([FORMAT, versions()], sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / f"pydocs-{key}.json"
     if not path.exists():
         rows = [[d.name, d.label, d.text] for d in extract()]
-        write_atomically(path, json.dumps(rows).encode())
+        write_bytes(json.dumps(rows).encode(), path)
     return [Document(*row) for row in json.loads(path.read_bytes())]
 
 
@@ -247,7 +239,7 @@ def write_manifest(path: Path = MANIFEST) -> dict[str, Any]:
     """Record the documents of this installation as the reference; the embedded target must then be trained again."""
     found = extract_cached()
     record = {"format": FORMAT, "versions": versions(), "hash": hash_of(found), "documents": {d.name: text_hash(d.text) for d in found}}
-    write_atomically(path, gzip.compress(json.dumps(record, separators=(",", ":")).encode(), 9, mtime=0))
+    write_bytes(gzip.compress(json.dumps(record, separators=(",", ":")).encode(), 9, mtime=0), path)
     return record
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decomp_bench.checkpoint import atomically
 from decomp_bench.config import DataConfig, digest
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.data.documents import Document
 from decomp_bench.data.text import Rows, read_documents, split_of, to_rows
 from decomp_bench.decomposer import Batch
 from decomp_bench.errors import UserError
+from decomp_bench.files import atomically
 from decomp_bench.targets import NAMED, data_folder
 from decomp_bench.targets.base import TargetModel
 from decomp_bench.targets.toy import sparse_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,9 +51,30 @@ class Scored:
         return Scored(batch, kept[:, 1:], kept[:, 2:], log_probabilities(batch.logits))
 
 
-def log_probabilities(logits: Float[Tensor, "B T vocab"]) -> Float[Tensor, "B T2 vocab"]:
-    """Log-softmax in fp32 at positions 1 to T - 2: those that are scored and have a next token."""
-    return torch.log_softmax(logits[:, 1:-1].float(), -1)
+Piece = tuple[slice, slice]
+_EVERYTHING: Piece = (slice(None), slice(None))
+
+
+def log_probabilities(logits: Float[Tensor, "B T vocab"], piece: Piece = _EVERYTHING) -> Float[Tensor, "b t vocab"]:
+    """Log-softmax in fp32 at positions 1 to T - 2, those that are scored and have a next token; of a piece of them where one is given."""
+    return torch.log_softmax(logits[:, 1:-1][piece].float(), -1)
+
+
+def _pieces(logits: Float[Tensor, "B T vocab"]) -> Iterator[Piece]:
+    """Rows and scored positions few at a time on a CPU, so that what is computed of them stays in its cache; all at once elsewhere."""
+    if logits.device.type != "cpu":
+        yield _EVERYTHING
+        return
+    size = max(1, (1 << 17) // logits.shape[2])
+    for row in range(logits.shape[0]):
+        for start in range(0, logits.shape[1] - 2, size):
+            yield slice(row, row + 1), slice(start, min(start + size, logits.shape[1] - 2))
+
+
+def _following(batch: Batch) -> Int[Tensor, "B T2 1"]:
+    """The next token at every position that is scored."""
+    assert batch.x is not None
+    return batch.x[:, 2:, None]
 
 
 def base_sums(scored: Scored) -> RowSums:
@@ -70,14 +92,13 @@ def behaviour_sums(scored: Scored, logits: Tensor, part: str) -> RowSums:
     assert batch.logits is not None
     if scored.clean_logp is None or scored.next_kept is None:
         return {("output_error", part): (logits - batch.logits).double().square().flatten(1).mean(1)}
-    logp = log_probabilities(logits)
-    kl = (scored.clean_p * (scored.clean_logp - logp)).sum(-1)
-    same = logp.argmax(-1) == scored.clean_best
-    return {
-        ("ce", part): _rows(_cross_entropy(scored, logp)),
-        ("kl", part): _rows(kl.double() * scored.next_kept),
-        ("agreement", part): _rows((same & scored.next_kept).double()),
-    }
+    kl, nll, same = (torch.empty_like(scored.clean_logp[..., 0]) for _ in range(3))
+    for piece in _pieces(logits):
+        logp, clean = log_probabilities(logits, piece), scored.clean_logp[piece]
+        nll[piece] = -logp.gather(-1, _following(batch)[piece]).squeeze(-1)
+        same[piece] = (logp.gather(-1, scored.clean_best[piece].unsqueeze(-1)).squeeze(-1) == logp.amax(-1)).to(same.dtype)
+        kl[piece] = torch.linalg.vecdot(torch.sub(clean, logp, out=logp), scored.clean_p[piece])
+    return {(name, part): _rows(value.double() * scored.next_kept) for name, value in (("ce", nll), ("kl", kl), ("agreement", same))}
 
 
 def ablation_sums(scored: Scored, target, constants: dict[int, Tensor], name: str, part: str) -> RowSums:
@@ -107,15 +128,35 @@ def output_sums(scored: Scored, out: Replaced, statistics: OutputStatistics, fir
     return sums
 
 
-def code_sums(scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[Site]) -> RowSums:
+@dataclass
+class Activity:
+    """How one site's codes are used in one pass: at each scored position the active components and the scalars in their vectors, and for
+    each component how often it fired and the sum of its absolute values."""
+
+    count: Float[Tensor, "*rows"]
+    scalars: Float[Tensor, "*rows"]
+    fired: Float[Tensor, " n"]
+    mass: Float[Tensor, " n"]
+
+
+def activity(scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[Site]) -> dict[str, Activity]:
+    """Activity of each site, in fp32 products, which count exactly: a batch has fewer than 2^24 positions."""
+    found, kept = {}, scored.kept.float()
+    for site in sites:
+        codes = out.codes[site.name]
+        active, size = codes.active.float(), decomposer.component_sizes(site)
+        count = active.sum(-1) * kept
+        scalars = count.double() * size if isinstance(size, int) else (active @ size.float().to(active.device)) * kept
+        fired, mass = (kept.flatten() @ value.flatten(0, -2) for value in (active, codes.value.float().abs()))
+        found[site.name] = Activity(count, scalars, fired, mass)
+    return found
+
+
+def code_sums(found: dict[str, Activity]) -> RowSums:
     """Active components of each site, and the scalars in their vectors."""
     sums: RowSums = {}
-    for site in sites:
-        active = out.codes[site.name].active & scored.kept[..., None]
-        size = decomposer.component_sizes(site)
-        count = active.sum(-1).double()
-        scalars = count * size if isinstance(size, int) else active.double() @ size.double().to(active.device)
-        sums |= {("active", site.name): _rows(count), ("active_scalars", site.name): _rows(scalars)}
+    for name, one in found.items():
+        sums |= {("active", name): _rows(one.count.double()), ("active_scalars", name): _rows(one.scalars.double())}
     return sums
 
 
@@ -128,22 +169,18 @@ class Liveness:
         self.histogram = torch.zeros(1, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[Site]) -> None:
+    def add(self, scored: Scored, found: dict[str, Activity], decomposer: Decomposer, sites: list[Site]) -> None:
         """Take in one pass."""
         a_token: Tensor | None = None
         for site in sites:
-            codes = out.codes[site.name]
-            active = codes.active & scored.kept[..., None]
-            flat = active.flatten(0, -2)
-            fired = flat.sum(0).double().cpu()
-            mass = (codes.value.abs() * active).flatten(0, -2).sum(0).double().cpu() * write_norms(decomposer, site)
-            self.fired[site.name] = self.fired.get(site.name, 0) + fired
-            self.mass[site.name] = self.mass.get(site.name, 0) + mass
+            one = found[site.name]
+            self.fired[site.name] = self.fired.get(site.name, 0) + one.fired.double().cpu()
+            self.mass[site.name] = self.mass.get(site.name, 0) + one.mass.double().cpu() * write_norms(decomposer, site)
             if unit_of(site.slots[0].write).endswith("mlp"):
-                a_token = active.sum(-1) if a_token is None else a_token + active.sum(-1)
+                a_token = one.count if a_token is None else a_token + one.count
         self.tokens += int(scored.kept.sum())
         if a_token is not None:
-            counts = torch.bincount(a_token[scored.kept].cpu()).double()
+            counts = torch.bincount(a_token[scored.kept].long().cpu()).double()
             size = max(len(counts), len(self.histogram))
             self.histogram = _padded(self.histogram, size) + _padded(counts, size)
 
@@ -174,9 +211,8 @@ def write_norms(decomposer: Decomposer, site: Site) -> Tensor:
 
 
 def _cross_entropy(scored: Scored, logp: Tensor) -> Tensor:
-    assert scored.batch.x is not None
     assert scored.next_kept is not None
-    nll = -logp.gather(-1, scored.batch.x[:, 2:, None]).squeeze(-1)
+    nll = -logp.gather(-1, _following(scored.batch)).squeeze(-1)
     return nll.double() * scored.next_kept
 
 

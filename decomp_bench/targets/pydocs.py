@@ -18,10 +18,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ArceeForCausalLM, PreTrainedTokenizerFast
 
-from decomp_bench.checkpoint import write_json, write_text
 from decomp_bench.data import pydocs
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.data.documents import Document
+from decomp_bench.files import write_json, write_text
 from decomp_bench.targets.card import card
 from decomp_bench.targets.ngrams import NGrams
 from decomp_bench.targets.rows import Rows, rows_of

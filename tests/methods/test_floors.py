@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -156,13 +157,8 @@ def test_random_directions_train_everything_but_their_decoder(toy):
 
 def test_floors_say_where_they_do_not_apply(toy):
     target, _ = toy
-
-    class Bare:
-        uri, map_paths = "bare", {}
-
-        def maps(self, layer):
-            return []
-
+    bare = copy.copy(target)
+    bare.uri, bare.map_paths = "bare", {}
     for name in ("neurons", "svd"):
         assert method(name).skip(target, (0,)) is None
-        assert "no MLP of linear maps at layer 1" in method(name).skip(Bare(), (1,))
+        assert "no MLP of linear maps at layer 1" in method(name).skip(bare, (1,))
