@@ -5,13 +5,35 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import socket
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.errors import UserError
 
 WANDB = re.compile(r"wandb:(?P<entity>[\w.-]+)/(?P<project>[\w.-]+)/(?:runs/)?(?P<run>[\w-]+)")
+
+
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the Hub answers; asked first because the library tries for half a minute before it gives up.
+
+    False where HF_HUB_OFFLINE forbids to ask. Behind a proxy, which alone can tell, the answer is yes.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((place.hostname, place.port or 443), timeout).close()
+    except OSError:
+        return False
+    return True
 
 
 def hub_folder(name: str, patterns: Sequence[str] = (), what: str = "it") -> Path:
@@ -22,7 +44,7 @@ def hub_folder(name: str, patterns: Sequence[str] = (), what: str = "it") -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns) or None))
+        return Path(snapshot_download(name, allow_patterns=list(patterns) or None, local_files_only=not hub_reachable()))
     except Exception as error:
         reason = type(error).__name__
         raise UserError(f"cannot fetch '{name}' from the hub ({reason}); without network give a local folder that holds {what}") from None

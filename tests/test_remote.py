@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import pytest
 
 from decomp_bench.errors import UserError
-from decomp_bench.remote import hub_folder, wandb_folder
+from decomp_bench.remote import hub_folder, hub_reachable, wandb_folder
 
 
 class FakeRun:
@@ -60,6 +61,21 @@ def test_a_file_that_a_run_lacks_is_named(api):
 def test_a_malformed_name_says_how_to_write_it(name):
     with pytest.raises(UserError, match="wandb:ENTITY/PROJECT/RUN"):
         wandb_folder(name, ["*"])
+
+
+def test_an_unreachable_hub_is_known_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://no-such-host.invalid")
+    assert not hub_reachable()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_reachable()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert not hub_reachable()
 
 
 def test_without_network_one_line_says_what_to_give_instead(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from decomp_bench.errors import UserError
+from decomp_bench.remote import hub_reachable
 from decomp_bench.targets.base import Architecture, TargetModel
 
 _ATTENTION = {
@@ -38,16 +39,17 @@ def load_huggingface(name: str, uri: str, device: str | torch.device, context: i
 
     folder = Path(os.path.expandvars(name)).expanduser()
     local = folder.is_dir()
+    offline = local or not hub_reachable()
     where = str(folder) if local else name
     if not local and (name.startswith((".", "/", "~", "$")) or name.count("/") > 1):
         raise UserError(f"no folder {folder}; 'hf:' takes a local model folder or a hub name such as hf:roneneldan/TinyStories-1M")
     try:
-        config = AutoConfig.from_pretrained(where, local_files_only=local)
+        config = AutoConfig.from_pretrained(where, local_files_only=offline)
         architecture = ARCHITECTURES.get(config.model_type)
         if architecture is None:
             raise UserError(f"{name}: architecture '{config.model_type}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-        model: Any = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
     except UserError:
         raise
     except Exception as error:
