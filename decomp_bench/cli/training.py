@@ -11,6 +11,8 @@ import typer
 from decomp_bench.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from decomp_bench.config import RunConfig
     from decomp_bench.runs import Existing, Run
 
@@ -175,17 +177,17 @@ def compare(
 
 
 def audit(
-    run: Annotated[str, typer.Argument(help="A run with results.")],
+    what: Annotated[str, typer.Argument(help="A run with results, or a figure of an experiment.", metavar="{run|figure}")],
     tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = 1e-4,
     as_json: Json = False,
 ) -> None:
-    """Compute a stored point again from its checkpoint, and compare."""
+    """Compute a stored point again from its checkpoint, and compare. Of a figure, a point whose checkpoint is here."""
     from decomp_bench.cli.display import Line, show
     from decomp_bench.runs import find
 
-    found = find(run)
+    found, stored = behind_figure(Path(what)) if Path(what).suffix in FIGURES else ((run := find(what)), run.results())
     with Line() as line:
-        rows = recomputed(found, line)
+        rows = recomputed(found, stored, line)
     worst = max((row["difference"] for row in rows), default=float("inf"))
     show(rows, as_json, "no row to compare")
     if worst > tolerance:
@@ -194,12 +196,31 @@ def audit(
         print(f"{found.id}: {len(rows)} values agree to {worst:.2g}")
 
 
-def recomputed(run: Run, line: Any) -> list[dict[str, Any]]:
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def behind_figure(figure: Path) -> tuple[Run, pd.DataFrame]:
+    """A run that a figure shows and whose folder is here, with its rows of the results that the figure was drawn from."""
+    from decomp_bench import results
+    from decomp_bench.runs import Run, runs_folder
+
+    file = figure.resolve().parent.parent / "results.parquet"
+    if not figure.is_file() or not file.is_file():
+        raise UserError(f"{figure} is no figure beside results: give results/NNN_name/TARGET/figures/NAME.png, or a run")
+    data = results.read(file)
+    for name in data["run_id"].drop_duplicates():
+        run = Run(runs_folder() / name)
+        if (run.path / "checkpoint").is_dir():
+            return run, data[data["run_id"] == name]
+    raise UserError(f"no run of {file} has its checkpoint in {runs_folder()}: run the experiment here, or set DECOMP_BENCH_RUNS")
+
+
+def recomputed(run: Run, stored: pd.DataFrame, line: Any) -> list[dict[str, Any]]:
     """Stored and fresh values of the run's own point under the first of its protocols and gate sources."""
     from decomp_bench import data, results, targets
     from decomp_bench.evaluate import evaluate as measure
 
-    stored, config = run.results(), run.config
+    config = run.config
     narrow = {"protocols": config.eval.protocols[:1], "gates": config.eval.gates[:1], "sweep": False}
     target = targets.load(config.target)
     line({"phase": "evaluate"})

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from decomp_bench import api, runs
+from decomp_bench import api, results, runs
 
 SMALL = ("--set", "method.n=24", "--set", "method.steps=6", "--set", "method.batch=64")
 SMALL = (*SMALL, "--set", "eval.tokens=320", "--set", "eval.batch=160", "--set", "eval.bootstrap=20", "--set", "eval.sweep=false")
@@ -96,6 +96,15 @@ def test_train_show_compare_audit_and_remove(bench, tmp_path):
     audited = bench("audit", first)
     assert audited.code == 0, audited.err
     assert "agree" in audited.out
+    behind = runs.find(first).results()
+    figure = tmp_path / "figures" / "ce_delta.png"
+    figure.parent.mkdir()
+    figure.touch()
+    results.write(behind, tmp_path / "results.parquet")
+    assert "agree" in bench("audit", str(figure)).out
+    results.write(behind.assign(value=behind["value"] * 1.01), tmp_path / "results.parquet")
+    assert "differ by up to 0.0099" in bench("audit", str(figure)).err
+    assert "no figure beside results" in bench("audit", "absent.png").err
     evaluated = bench("eval", first, "--set", "eval.tokens=160")
     assert evaluated.code == 0, evaluated.err
     assert len(runs.all_runs()) == 3
