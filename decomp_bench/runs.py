@@ -32,6 +32,10 @@ Existing = Literal["resume", "skip", "overwrite", "error"]
 EXISTING: tuple[Existing, ...] = ("resume", "skip", "overwrite", "error")
 EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb"), "eval": ("batch",)}
 """Config keys that change nothing about a run's result and stay out of its id."""
+ADDED_LATER = {
+    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised"),
+}
+"""Config keys that are younger than the first runs: at their defaults they stay out of the id, so that it is what it was."""
 ARTIFACTS = ("config.yaml", "checkpoint", "checkpoint_two_thirds", "results.parquet", "documents.parquet")
 
 
@@ -111,6 +115,11 @@ def _hashed(config: RunConfig) -> dict[str, Any]:
     for section, keys in EXECUTION_ONLY.items():
         for key in keys:
             del data[section][key]
+    for section, keys in ADDED_LATER.items():
+        defaults = type(getattr(config, section))().model_dump(mode="json")
+        for key in keys:
+            if data[section][key] == defaults[key]:
+                del data[section][key]
     return data
 
 
@@ -275,7 +284,9 @@ def create(resolved: ResolvedRun) -> Run:
 
 
 def _absolute(data: DataConfig) -> DataConfig:
-    return data if data.source is None else data.model_copy(update={"source": str(Path(data.source).expanduser().resolve())})
+    from decomp_bench.data.local import absolute
+
+    return data if data.source is None else data.model_copy(update={"source": absolute(data.source)})
 
 
 def _absolute_uri(uri: str) -> str:

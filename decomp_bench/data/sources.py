@@ -1,21 +1,17 @@
-"""Where a target's data comes from: its own corpus, local text, or a toy's distribution."""
+"""Where a target's data comes from: its own corpus, local text, a hub data set, or a toy's distribution."""
 
 from __future__ import annotations
-
-import hashlib
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from decomp_bench.config import DataConfig, digest
-from decomp_bench.data.cache import cache_dir
+from decomp_bench.data.corpus import open_corpus
 from decomp_bench.data.documents import Document
-from decomp_bench.data.text import Rows, read_documents, split_of, to_rows
+from decomp_bench.data.text import SPLITS, Rows, filled
+from decomp_bench.data.tokens import rows_of_corpus
 from decomp_bench.decomposer import Batch
 from decomp_bench.errors import UserError
-from decomp_bench.files import atomically
 from decomp_bench.targets import NAMED, data_folder
 from decomp_bench.targets.base import TargetModel
 from decomp_bench.targets.toy import sparse_features
@@ -34,56 +30,27 @@ class Source:
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
         self.target, self.config = target, config
         self.context = config.context or target.context
-        self.name, self._origin = _origin(target, config)
+        self.corpus = open_corpus(config.model_copy(update={"source": _origin(target, config)}))
+        self.name = self.corpus.name
         self._rows: dict[str, Rows] = {}
 
     @property
     def hash(self) -> str:
         """Hash of the tokens of every split: results of different hashes are never compared."""
-        return digest([self.rows(split).hash for split in ("train", "validation", "test")], 16)
+        return digest([self.rows(split).hash for split in SPLITS], 16)
 
     def rows(self, split: str) -> Rows:
         """Token rows of a split, tokenised once and kept in the cache folder."""
+        if split == "stream" and split not in self._rows:
+            self._rows[split] = self._stream()
         if split not in self._rows:
-            self._rows[split] = self._load(split)
-        return self._rows[split]
+            vocabulary = _vocabulary(self.target)
+            self._rows |= rows_of_corpus(self.corpus, self.target.tokenizer, self.context, self.config.packing, vocabulary)
+        return filled(self._rows[split], split)
 
     def documents(self, split: str) -> list[Document]:
-        """The split's documents: the corpus' own splits, or 85% / 5% / 10% of local text by a hash of each document."""
-        if self._origin is None:
-            from decomp_bench.data import pydocs
-
-            return pydocs.documents(split)
-        return [document for document in _read(self._origin, self.config.column) if split_of(document.name) == split]
-
-    def _load(self, split: str) -> Rows:
-        if split == "stream":
-            return self._stream()
-        documents = self.documents(split)
-        tokenizer = self.target.tokenizer
-        text = hashlib.sha256("\0".join(f"{d.name}\0{d.label}\0{d.text}" for d in documents).encode()).hexdigest()
-        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        file = cache_dir() / "rows" / f"{digest([text, vocabulary, self.context, 2], 20)}.npz"
-        try:
-            kept = np.load(file, allow_pickle=False)
-            names, labels = (tuple(str(v) for v in kept[key]) for key in ("documents", "labels"))
-            return Rows(kept["tokens"], kept["length"], kept["doc"], names, labels)
-        except (OSError, ValueError, KeyError):
-            rows = to_rows(documents, tokenizer, self.context, split)
-
-        def save(path: Path) -> None:
-            with path.open("wb") as stream:
-                np.savez(
-                    stream,
-                    tokens=rows.tokens,
-                    length=rows.length,
-                    doc=rows.doc,
-                    documents=np.array(rows.documents),
-                    labels=np.array(rows.labels),
-                )
-
-        atomically(file, save)
-        return rows
+        """The split's documents: the corpus' own splits, or 85% / 5% / 10% of its text by a hash of each document."""
+        return list(self.corpus.documents(split))
 
     def _stream(self) -> Rows:
         """The committed stream that was sampled from the target; every row is a document of its own."""
@@ -167,18 +134,17 @@ def open_source(target: TargetModel, config: DataConfig) -> Source:
     return ToySource(target, config) if not target.is_lm else Source(target, config)
 
 
-def _origin(target: TargetModel, config: DataConfig) -> tuple[str, str | None]:
-    """Name of the data set, and the local path it is read from (None: the embedded corpus)."""
-    if config.source == "pydocs":
-        return "pydocs", None
+def _origin(target: TargetModel, config: DataConfig) -> str:
+    """What the config names, or else the data that the target goes with."""
     if config.source is not None:
-        return Path(config.source).stem, config.source
+        return config.source
     named = NAMED.get(target.uri)
     if named is None:
-        raise UserError(f"{target.uri} needs data: --set data.source=FILE (.txt, .jsonl, .parquet or a folder), or data.source=pydocs")
-    return ("pydocs", None) if named.data is None else (Path(named.data).stem, str(data_folder() / named.data))
+        raise UserError(f"{target.uri} needs data: --set data.source=FILE (text, or hf:NAME of the hub), or data.source=pydocs")
+    return "pydocs" if named.data is None else str(data_folder() / named.data)
 
 
-@cache
-def _read(origin: str, column: str) -> list[Document]:
-    return read_documents(origin, column)
+def _vocabulary(target: TargetModel) -> int:
+    """Tokens that the model has embeddings for."""
+    embeddings = getattr(target.module, "get_input_embeddings", lambda: None)()
+    return len(target.tokenizer) if embeddings is None else int(embeddings.weight.shape[0])
