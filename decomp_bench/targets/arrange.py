@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decomp_bench.errors import UserError
-from decomp_bench.targets.architectures import FILE, Layout
+from decomp_bench.targets.architectures import FILE, MAPS, Layout
 from decomp_bench.targets.base import Architecture
 
 
@@ -107,12 +107,11 @@ def arrange(model: Any, layout: Layout, name: str) -> Architecture:
             _join(modules[layout.block.format(layer)], parts)
         found = {part: _joined(path, parts) for part, path in found.items()}
     inner = {part: f"{layout.block}.{path}" for part, path in found.items()}
-    order = sorted(inner, key=lambda part: (part.split(".")[0], ("gate", "up", "down", "q", "k", "v", "o").index(part.split(".")[1])))
     return Architecture(
         block=layout.block,
         mlp=f"{layout.block}.{parts[0] if len(parts) == 1 else parts[0] + '.mlp'}",
         attn=f"{layout.block}.{layout.attn}" if layout.attn else None,
-        maps={part: inner[part] for part in order},
+        maps={part: inner[part] for part in MAPS if part in inner},
         body=getattr(model, "base_model_prefix", "") or None,
     )
 

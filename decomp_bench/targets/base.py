@@ -65,6 +65,9 @@ class TargetModel:
             if path.format(layer) in modules
         }
 
+    bridge: Any = None
+    """TransformerLens' bridge around the module, for its hooks; None for targets of other schemes."""
+
     @property
     def is_lm(self) -> bool:
         return self.task == "lm"

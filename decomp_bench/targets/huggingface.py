@@ -37,8 +37,8 @@ def load_huggingface(name: str, uri: str, device: str | torch.device, context: i
     return as_target(fetch(name), name, uri, device, context)
 
 
-def fetch(name: str) -> Loaded:
-    """A folder's or hub name's model; raises UserError as `load_huggingface` does."""
+def fetch(name: str, layout: Layout | None = None) -> Loaded:
+    """A folder's or hub name's model, with its layout where none is given; raises UserError as `load_huggingface` does."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -52,7 +52,7 @@ def fetch(name: str) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=local)
         stored: Any = config.dtype
-        layout, own = layout_of(config.model_type, name, folder if local else None)
+        layout, own = (layout, False) if layout else layout_of(config.model_type, name, folder if local else None)
         loading: Any = AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=torch.float32, local_files_only=local, output_loading_info=True
         )
