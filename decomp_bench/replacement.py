@@ -131,7 +131,7 @@ class _Pass:
             made[target.path(point)] = _Map(self, point, target.part(point))
         if self.protocol == "single":
             made |= _skipped_prefix(target, self.batch, min(self.layers))
-        return _inner_first(made)
+        return made
 
     def read(self, point: Point, x: Tensor) -> None:
         """Take note of what is read at a point, and encode the sites that this completes, each once, with its edit."""
@@ -158,31 +158,43 @@ class _Pass:
 def _skipped_prefix(target: TargetModel, batch: Batch, start: int) -> dict[str, nn.Module]:
     """Stand-ins for the blocks before the first replaced one, where the clean residual stream after them is known."""
     resid = batch.clean.get(f"{start}.resid")
-    return {} if resid is None else {target.path(str(layer)): _Skip(resid) for layer in range(start)}
+    if resid is None or not start:
+        return {}
+    output = (resid, None) if target.block_gives_tuple else resid
+    return {target.path(str(layer)): _Skip(output, target.part(str(layer))) for layer in range(start)}
 
 
-def _inner_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Deepest paths first, so that a map is swapped inside the original unit before the unit itself is wrapped."""
-    return dict(sorted(modules.items(), key=lambda item: -item[0].count(".")))
+class _StandIn(nn.Module):
+    """Stands for a module of the target, and has its attributes (a model may read a block's attention type)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
 
 
-class _Skip(nn.Module):
+class _Skip(_StandIn):
     """Stands for a block before the replaced layer: the residual stream after it is known."""
 
-    def __init__(self, resid: Tensor) -> None:
-        super().__init__()
-        self.resid = resid
+    def __init__(self, output: Tensor | tuple, original: nn.Module) -> None:
+        super().__init__(original)
+        self.output = output
 
-    def forward(self, *_args, **_kwargs) -> Tensor:
-        return self.resid
+    def forward(self, *_args, **_kwargs) -> Tensor | tuple:
+        return self.output
 
 
-class _Unit(nn.Module):
+class _Unit(_StandIn):
     """Stands for an MLP or attention module: observes what it reads, and replaces what it writes where asked."""
 
     def __init__(self, run: _Pass, unit: str, original: nn.Module) -> None:
-        super().__init__()
-        self.run, self.unit, self.original = run, unit, original
+        super().__init__(original)
+        self.run, self.unit = run, unit
         self.replaces_output = f"{unit}.out" in run.writes
         self.sees_output = any(f"{unit}.out" in site.reads for site in run.sites)
 
@@ -218,12 +230,12 @@ class _Unit(nn.Module):
         return output
 
 
-class _Map(nn.Module):
+class _Map(_StandIn):
     """Stands for a linear map whose components are decomposed."""
 
     def __init__(self, run: _Pass, point: Point, original: nn.Module) -> None:
-        super().__init__()
-        self.run, self.point, self.original = run, point, original
+        super().__init__(original)
+        self.run, self.point = run, point
 
     def forward(self, x: Tensor) -> Tensor:
         run, first = self.run, self.run.first
@@ -233,12 +245,12 @@ class _Map(nn.Module):
         return torch.cat([self.original(x[:, :1]), value], 1) if first else value
 
 
-class _Constant(nn.Module):
+class _Constant(_StandIn):
     """Stands for an MLP whose output is a constant; the kept first position is the target's own."""
 
     def __init__(self, value: Tensor, original: nn.Module, first: int) -> None:
-        super().__init__()
-        self.value, self.original, self.first = value, original, first
+        super().__init__(original)
+        self.value, self.first = value, first
 
     def forward(self, x: Tensor) -> Tensor:
         filled = self.value.expand(*x.shape[:-1], -1)
