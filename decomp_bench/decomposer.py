@@ -243,6 +243,10 @@ class Decomposer(nn.Module):
     def after_step(self, progress: float) -> None:
         """Runs after each optimiser step (decoder norms, persistent adversaries)."""
 
+    def restarted(self) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        """Asked for after `after_step`: rows of parameters that it set anew, whose optimiser moments then start anew too."""
+        return []
+
     def finish(self, data: Iterator[Batch]) -> None:
         """Runs once after the last step, with training batches at hand (threshold calibration)."""
 

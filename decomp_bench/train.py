@@ -223,6 +223,10 @@ class Training:
                 torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
         self.optimiser.step()
         self.decomposer.after_step(progress)
+        for parameter, rows in self.decomposer.restarted():
+            for moment in self.optimiser.state[parameter].values():
+                if moment.shape == parameter.shape:
+                    moment[rows] = 0
         self._pending.append({"loss": total.detach(), **{k: v.detach() for k, v in terms.items()}})
 
     def _log(self) -> None:
