@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from decomp_bench.config import EvalConfig
-from decomp_bench.decomposer import Choice, Decomposer, Protocol, layer_of
+from decomp_bench.decomposer import Choice, Decomposer, Protocol
 
-GLOBAL_GATE = "a gate reads layers after its site, which the replaced stream has not reached"
+GLOBAL_GATE = "a gate reads what runs after its site, which the replaced stream has not reached"
 UNIT_INPUTS = (".mlp.in", ".mlp.out", ".attn.in")
+_ORDER = ("resid", "attn.in", "", "attn.o", "attn.out", "mlp.in", "mlp.", "mlp.down", "mlp.out")
+"""Points of a layer as they run; those of one unit that are not named run in between, in an order of the target's own."""
 
 TRAINED = Choice()
 """No choice at inference: the sparsity that the run was trained at."""
@@ -64,8 +66,13 @@ def same_gates(decomposer: Decomposer, protocol: Protocol) -> bool:
 
 
 def upstream(decomposer: Decomposer) -> bool:
-    """Whether every gate reads only what comes before its site."""
-    return all(layer_of(point) <= site.layer for site in decomposer.sites for point in site.gates_from)
+    """Whether every gate reads only what its site reads or what runs before that."""
+    return all(p in site.reads or _place(p) < max(map(_place, site.reads)) for site in decomposer.sites for p in site.gates_from)
+
+
+def _place(point: str) -> tuple[int, int]:
+    layer, _, part = point.partition(".")
+    return int(layer), _ORDER.index(part) if part in _ORDER else _ORDER.index("mlp." if part.startswith("mlp.") else "")
 
 
 def view_of(decomposer: Decomposer, condition: Condition) -> Decomposer:

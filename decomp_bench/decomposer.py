@@ -28,7 +28,25 @@ if TYPE_CHECKING:
 
 Point = str
 Inputs = Mapping[Point, Tensor]
+"""Activations at the positions that are replaced."""
 Protocol = Literal["cascading", "clean", "single"]
+
+
+class Reads(dict[Point, Tensor]):
+    """Inputs of a language model with the rest of their rows, for gates that mix positions.
+
+    `first` holds the same points at the kept first position, [B, 1, d] (empty where none is kept); `real` [B, T] says which positions of
+    the whole rows are not padding (None: all).
+    """
+
+    def __init__(self, values: Inputs | None = None, first: Inputs | None = None, real: Tensor | None = None) -> None:
+        super().__init__(values or {})
+        self.first: dict[Point, Tensor] = dict(first or {})
+        self.real = real
+
+    def whole(self, point: Point) -> Tensor:
+        """A point's activations at all positions."""
+        return torch.cat([self.first[point], self[point]], 1) if point in self.first else self[point]
 
 
 def layer_of(point: Point) -> int:

@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from decomp_bench.decomposer import Batch, Codes, Decomposer, Edit, Point, Protocol, Site, layer_of
+from decomp_bench.conditions import GLOBAL_GATE
+from decomp_bench.decomposer import Batch, Codes, Decomposer, Edit, Point, Protocol, Reads, Site, layer_of
+from decomp_bench.errors import UserError
 from decomp_bench.targets.base import TargetModel
 
 
@@ -52,8 +54,21 @@ def clean_rows(decomposer: Decomposer, value: Tensor) -> Tensor:
 
 def clean_codes(decomposer: Decomposer, batch: Batch) -> Codes:
     """Codes of every site on the clean activations: where `gates=clean` takes its gates from."""
+    return decomposer.encode(clean_reads(decomposer, batch))
+
+
+def clean_reads(decomposer: Decomposer, batch: Batch) -> Reads:
+    """What `encode` is given of the clean pass."""
     points = decomposer.points() & batch.clean.keys()
-    return decomposer.encode({point: clean_rows(decomposer, batch.clean[point]) for point in points})
+    first = {point: batch.clean[point][:, :1] for point in points} if decomposer.target.keeps_first else {}
+    return Reads({point: clean_rows(decomposer, batch.clean[point]) for point in points}, first, _real(batch))
+
+
+def _real(batch: Batch) -> Tensor | None:
+    """Which positions [B, T] are not padding; None for a toy's rows."""
+    if batch.length is None or batch.x is None:
+        return None
+    return torch.arange(batch.x.shape[1], device=batch.x.device) < batch.length[:, None]
 
 
 def replaced(
@@ -102,7 +117,7 @@ class _Pass:
         self.decomposer, self.batch, self.layers, self.protocol = decomposer, batch, set(layers), protocol
         self.given, self.edit, self.keep_error = gates, edit, keep_error
         self.first = 1 if decomposer.target.keeps_first else 0
-        self.inputs: dict[Point, Tensor] = {}
+        self.inputs = Reads(real=_real(batch))
         self.codes: Codes = {}
         self.unedited: Codes = {}
         self.outputs: dict[int, Tensor] = {}
@@ -117,7 +132,7 @@ class _Pass:
         for site in self.sites:
             for point in site.reads:
                 if layer_of(point) not in self.layers:
-                    self.read(point, self.batch.clean[point][:, self.first :] if self.first else self.batch.clean[point])
+                    self.read(point, self.batch.clean[point])
 
     def modules(self) -> dict[str, nn.Module]:
         """Path -> module to put there: observed or replaced units, replaced maps, and the skipped prefix of a single-layer pass."""
@@ -134,15 +149,20 @@ class _Pass:
         return made
 
     def read(self, point: Point, x: Tensor) -> None:
-        """Take note of what is read at a point, and encode the sites that this completes, each once, with its edit."""
-        self.inputs[point] = x
+        """Take note of what is read at a point at all positions, and encode the sites that this completes, each once, with its edit."""
+        self.inputs[point] = x[:, self.first :] if self.first else x
+        if self.first:
+            self.inputs.first[point] = x[:, : self.first]
         for site in self.sites:
             if site.name not in self.codes and point in site.reads and all(p in self.inputs for p in site.reads):
                 self._encode(site)
 
     def _encode(self, site: Site) -> None:
         needed = site.reads if self.given is not None else (*site.reads, *site.gates_from)
-        codes = self.decomposer.encode({p: self.inputs[p] for p in needed}, self.given)[site.name]
+        if any(point not in self.inputs for point in needed):
+            raise UserError(f"{site.name} takes its gates from the clean pass only: {GLOBAL_GATE}")
+        inputs = Reads({point: self.inputs[point] for point in needed}, self.inputs.first, self.inputs.real)
+        codes = self.decomposer.encode(inputs, self.given)[site.name]
         self.unedited[site.name] = codes
         self.codes[site.name] = self.edit(site, codes) if self.edit else codes
 
@@ -204,14 +224,14 @@ class _Unit(_StandIn):
         if run.protocol != "cascading" and f"{self.unit}.in" in run.batch.clean:
             x = run.batch.clean[f"{self.unit}.in"]
             args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-        run.read(f"{self.unit}.in", x[:, first:] if first else x)
+        run.read(f"{self.unit}.in", x)
         if not self.replaces_output:
             return self._observed(self.original(*args, **kwargs))
         whole = self.sees_output or run.keep_error
         original = self.original(x) if whole else None
         kept = original[:, first:] if original is not None and first else original
         if self.sees_output:
-            run.read(f"{self.unit}.out", kept)  # type: ignore[arg-type]
+            run.read(f"{self.unit}.out", original)  # type: ignore[arg-type]
         value = run.write(f"{self.unit}.out", kept)
         run.outputs[int(self.unit.split(".")[0])] = value
         if not first:
@@ -223,7 +243,7 @@ class _Unit(_StandIn):
         value = output[0] if isinstance(output, tuple) else output
         trimmed = value[:, self.run.first :] if self.run.first else value
         if self.sees_output:
-            self.run.read(f"{self.unit}.out", trimmed)
+            self.run.read(f"{self.unit}.out", value)
         layer, kind = self.unit.split(".")
         if kind == "mlp" and int(layer) in self.run.layers and any(unit_of(w) == self.unit for w in self.run.writes):
             self.run.outputs[int(layer)] = trimmed
@@ -239,7 +259,7 @@ class _Map(_StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         run, first = self.run, self.run.first
-        run.read(self.point, x[:, first:] if first else x)
+        run.read(self.point, x)
         original = self.original(x) if run.keep_error else None
         value = run.write(self.point, original[:, first:] if original is not None and first else original)
         return torch.cat([self.original(x[:, :1]), value], 1) if first else value

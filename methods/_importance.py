@@ -1,4 +1,4 @@
-"""Causal importances: networks that give each component a logit, the sigmoids behind masks and penalties, and the penalties.
+"""Causal importances: the sigmoids behind masks and penalties, and the penalties.
 
 One logit z gives two importances (SPD, Bushnaq et al. 2025): a lower one in [0, 1] from which masks are made, and an upper one, growing
 slowly above 1, which is penalised. Slopes at the kinks are stated here and not inherited from a torch version.
@@ -7,15 +7,13 @@ slowly above 1, which is penalised. Slopes at the kinks are stated here and not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 threshold_backward, hardtanh_backward = torch.ops.aten.threshold_backward, torch.ops.aten.hardtanh_backward
 LEAK = 0.01
@@ -112,86 +110,3 @@ def annealed(start: float, end: float | None, progress: float, begin: float, fin
         return start
     share = 1.0 if progress >= finish else (progress - begin) / (finish - begin)
     return start * (end / start) ** share if geometric else start + (end - start) * share
-
-
-# ---- networks
-
-
-class ScalarGates(nn.Module):
-    """C independent MLPs 1 -> hidden -> 1 of each component's inner activation (SPD paper and main, `mlp`)."""
-
-    def __init__(self, n: int, hidden: Sequence[int], bias: float, generator: torch.Generator) -> None:
-        super().__init__()
-        sizes = [1, *hidden, 1]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (d_in, d_out) in enumerate(pairwise(sizes)):
-            last = i == len(hidden)
-            scale = (1 if last else 2) ** 0.5 * d_in**-0.5
-            self.weights.append(nn.Parameter(torch.randn(n, d_in, d_out, generator=generator) * scale))
-            self.biases.append(nn.Parameter(torch.full((n, d_out), bias if last else 0.0)))
-
-    def forward(self, strength: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
-        """Logits from inner activations."""
-        value = strength.unsqueeze(-1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            value = value if i == 0 else F.gelu(value)
-            if weight.shape[1] == 1:
-                value = value * weight[:, 0] + bias
-            elif weight.shape[2] == 1:
-                value = (value * weight[..., 0]).sum(-1, keepdim=True) + bias
-            else:
-                value = torch.einsum("...ci,cio->...co", value, weight) + bias
-        return value.squeeze(-1)
-
-
-class SharedGates(nn.Module):
-    """One MLP of what a unit reads for all components of its maps (SPD main, `shared_mlp`, one for the maps of a unit together).
-
-    `scale` multiplies the input; it is set to 1 / RMS of the clean activations before training. Each site has its own output layer, so
-    that one site's logits can be had without the others'.
-    """
-
-    scale: Tensor
-
-    def __init__(self, d_in: int, hidden: Sequence[int], sites: dict[str, int], bias: float, generator: torch.Generator) -> None:
-        super().__init__()
-        sizes = [d_in, *hidden]
-        self.register_buffer("scale", torch.ones(()))
-        self.hidden = nn.ModuleList(_linear(a, b, 2.0, 0.0, generator) for a, b in pairwise(sizes))
-        self.out = nn.ModuleDict({name: _linear(sizes[-1], n, 1.0, bias, generator) for name, n in sites.items()})
-
-    @torch.no_grad()
-    def start_at_neurons(self, weight: Float[Tensor, "neurons d_in"]) -> None:
-        """Let hidden unit c be neuron c, which opens component c of every site, on top of weakened random weights.
-
-        Importances then start from how active a neuron is, as the untrained baseline "top neurons" does, instead of from noise: on the
-        TinyStories model this halves the cross-entropy lost after 300 steps.
-        """
-        first = cast(nn.Linear, self.hidden[0]).weight
-        directions = weight.detach().to(first) * (2**0.5 / weight.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        kept = min(len(directions), len(first))
-        first[:kept] = directions[:kept]
-        for layer in self.out.values() if len(self.hidden) == 1 else ():
-            layer = cast(nn.Linear, layer)
-            layer.weight.mul_(0.5)
-            own = range(min(kept, len(layer.weight)))
-            layer.weight[own, own] += 1.0
-
-    def features(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows hidden"]:
-        """The last hidden layer, which all sites share."""
-        x = x * self.scale
-        for layer in self.hidden:
-            x = F.gelu(layer(x))
-        return x
-
-    def forward(self, x: Float[Tensor, "*rows d_in"], site: str) -> Float[Tensor, "*rows C"]:
-        """Logits of one site."""
-        return self.out[site](self.features(x))
-
-
-def _linear(d_in: int, d_out: int, gain: float, bias: float, generator: torch.Generator) -> nn.Linear:
-    made = nn.Linear(d_in, d_out)
-    with torch.no_grad():
-        made.weight.copy_(torch.randn(d_out, d_in, generator=generator) * (gain / d_in) ** 0.5)
-        made.bias.fill_(bias)
-    return made

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from decomp_bench.config import MethodConfig
 from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
+from decomp_bench.errors import UserError
+from decomp_bench.replacement import clean_reads
 
 from ._components import Components, faithfulness, masked_map, neuron_components, random_components, strengths, warm_up
-from ._importance import Penalty, ScalarGates, SharedGates, annealed, importances
+from ._gates import EVERYWHERE, GLOBAL, Gate, gate_logits, global_gates, key_of, unit_gates
+from ._importance import Penalty, annealed, importances
 from ._masks import Uniforms, uniform_subset
 from ._reconstruction import Rows, divergence, masked, rows_of
 
@@ -34,16 +38,26 @@ SPARE = 1.125
 class SPDConfig(MethodConfig):
     """Training settings; importances and penalties are per position, losses are means over real positions."""
 
-    components: PositiveInt | None = None
-    """Components of each matrix; None: 1.125 for each neuron of the MLP (of the residual stream for attention maps)."""
+    components: PositiveInt | dict[str, PositiveInt] | None = None
+    """Components of each matrix; None: 1.125 for each neuron of the MLP (of the residual stream for attention maps). A mapping, such as
+    {"*.mlp.up": 512, "0.attn.q": 64}, gives the number for each pattern of points, and only matrices that one matches are decomposed."""
     attention: bool = False
-    """Decompose q, k, v and o too."""
+    """Decompose q, k, v and o too, where `components` is not a mapping."""
     init: Literal["random", "neuron"] = "neuron"
     """neuron: component c starts as neuron c of the MLP, so that W is matched exactly; attention maps always start at random."""
-    gate: Literal["shared", "scalar"] = "shared"
-    """shared: one MLP of what an MLP (attention) reads for all its components; scalar: a tiny MLP of each inner activation."""
+    gate: Annotated[Gate, BeforeValidator(lambda name: "scalar" if name == "mlp" else name)] = "shared"
+    """shared: one MLP of what an MLP (attention) reads for all its components; scalar (`mlp`): a tiny MLP of each inner activation;
+    vector_mlp and shared_mlp: of a map's input, a tiny MLP for each component, or one for all of them; global_shared_mlp and
+    global_shared_transformer: one network of the inputs of all maps, so that gates need the clean pass."""
     gate_hidden: tuple[PositiveInt, ...] | None = None
-    """Hidden widths of the gate networks; None: the width of the MLP for shared ones, 16 for scalar ones."""
+    """Hidden widths of the gate networks; None: the width of the MLP for shared ones, 16 for scalar, 8 for vector_mlp, and 4 gate_width in
+    a transformer's blocks."""
+    gate_width: PositiveInt = 128
+    """Width of a transformer's stream."""
+    gate_blocks: PositiveInt = 2
+    gate_heads: PositiveInt = 4
+    gate_rope: PositiveFloat = 10_000.0
+    """Base of a transformer's rotary positions."""
     gate_init: Literal["random", "neuron"] = "neuron"
     """neuron: a shared gate's first hidden units start as the MLP's neurons, each opening its own components; for `init` neuron only."""
     gate_bias: float = 0.2
@@ -52,6 +66,8 @@ class SPDConfig(MethodConfig):
     gate_clip: PositiveFloat | None = 1.0
     sigmoid: Literal["straight_through", "leaky"] = "straight_through"
     """Lower importance: the main form, or the paper's, whose masks go slightly negative in training."""
+    threshold: NonNegativeFloat = 0.0
+    """Importances above it are active in an evaluation that asks for no sparsity of its own."""
     importance: NonNegativeFloat = 2e-3
     """Weight of importance minimality: the point on the curve."""
     penalty: Literal["smooth_l0", "lp"] = "smooth_l0"
@@ -117,40 +133,53 @@ class SPD(Decomposer):
         config, target = self.config, self.target
         self.parts, self.gates = nn.ModuleDict(), nn.ModuleDict()
         self._own: dict[Point, tuple[Tensor, Tensor | None]] = {}  # taken now: while a pass runs, the maps stand replaced
-        units = [f"{layer}.{unit}" for layer in self.layers for unit in (("mlp", "attn") if config.attention else ("mlp",))]
+        kinds = ("mlp", "attn") if config.attention or isinstance(config.components, dict) else ("mlp",)
+        units = [f"{layer}.{unit}" for layer in self.layers for unit in kinds]
+        points = {unit: [p for p in target.maps(layer_of(unit), unit.split(".")[1]) if self._decomposes(p)] for unit in units}
+        self._check(points)
+        everywhere = tuple(point for unit in units for point in points[unit])
         for unit in units:
             made: list[Site] = []
-            for point in target.maps(layer_of(unit), unit.split(".")[1]):
+            for point in points[unit]:
                 part = self._initial(point, generator)
                 self._own[point] = (target.weight(point), target.bias(point))
-                self.parts[_key(point)] = part
-                source = point if config.gate == "scalar" else f"{unit}.in"
-                made.append(Site(point, layer_of(point), (source,), (Slot(point, point),), part.n))
-            if made:
-                self._add_gates(unit, made, generator)
+                self.parts[key_of(point)] = part
+                sources = everywhere if config.gate in GLOBAL else (f"{unit}.in" if config.gate == "shared" else point,)
+                made.append(Site(point, layer_of(point), sources, (Slot(point, point),), part.n))
+            if made and config.gate not in GLOBAL:
+                self.gates.update(unit_gates(config, target, unit, made, generator))
             self.sites += made
+        if config.gate in GLOBAL:
+            self.gates[EVERYWHERE] = global_gates(config, target, self.sites, generator)
         self.uniforms = Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
         self._statistics: dict[str, Tensor] = {}
 
-    def _add_gates(self, unit: str, sites: list[Site], generator: torch.Generator) -> None:
-        config, target = self.config, self.target
-        if config.gate == "scalar":
-            for site in sites:
-                self.gates[_key(site.name)] = ScalarGates(site.n, config.gate_hidden or (16,), config.gate_bias, generator)
+    def _decomposes(self, point: Point) -> bool:
+        return not isinstance(self.config.components, dict) or bool(_matches(point, self.config.components))
+
+    def _check(self, points: dict[str, list[Point]]) -> None:
+        """A mapping of components must name some matrix with each pattern, no matrix twice, and a matrix of every layer's MLP."""
+        counts = self.config.components
+        if not isinstance(counts, dict):
             return
-        first = sites[0].name
-        sizes = {_key(site.name): site.n for site in sites}
-        made = SharedGates(target.size(first), config.gate_hidden or (len(target.weight(first)),), sizes, config.gate_bias, generator)
-        if unit.endswith(".mlp") and config.init == config.gate_init == "neuron":
-            made.start_at_neurons(target.weight(first))  # the activated map: the gate of a gated MLP
-        self.gates[_key(unit)] = made
+        maps = [point for layer in self.layers for unit in ("mlp", "attn") for point in self.target.maps(layer, unit)]
+        idle = [pattern for pattern in counts if not any(fnmatchcase(point, pattern) for point in maps)]
+        twice = [point for point in maps if len(_matches(point, counts)) > 1]
+        without = [str(layer) for layer in self.layers if not points[f"{layer}.mlp"]]
+        if idle:
+            raise UserError(f"components: '{idle[0]}' matches no matrix of the chosen layers; they have {', '.join(maps)}")
+        if twice:
+            raise UserError(f"components: {twice[0]} matches {' and '.join(_matches(twice[0], counts))}; one pattern may match it")
+        if without:
+            raise UserError(f"components name no MLP matrix of layer {', '.join(without)}; leave out the layer, whose MLP would stay whole")
 
     def _initial(self, point: Point, generator: torch.Generator) -> Components:
         target, config = self.target, self.config
         weight = target.weight(point)
         is_mlp, writes = point.split(".")[1] == "mlp", point.endswith(".down")
         base = weight.shape[1 if writes else 0] if is_mlp else target.width
-        n = config.components or round(SPARE * base)
+        counts = config.components
+        n = counts[_matches(point, counts)[0]] if isinstance(counts, dict) else counts or round(SPARE * base)
         if config.init == "neuron" and is_mlp:
             return neuron_components(weight, n, writes, generator)
         return random_components(weight, n, generator)
@@ -158,7 +187,7 @@ class SPD(Decomposer):
     @property
     def components(self) -> dict[Point, Components]:
         """The components of each site."""
-        return {site.name: self.parts[_key(site.name)] for site in self.sites}  # type: ignore[misc]
+        return {site.name: self.parts[key_of(site.name)] for site in self.sites}  # type: ignore[misc]
 
     @property
     def weights(self) -> dict[Point, Tensor]:
@@ -169,24 +198,15 @@ class SPD(Decomposer):
 
     def logits(self, inputs: Inputs, strength: dict[Point, Tensor]) -> dict[Point, Float[Tensor, "*rows C"]]:
         """Pre-sigmoid importances of the sites whose strengths are given, from the activations that gate them."""
-        if self.config.gate == "scalar":
-            return {name: self.gates[_key(name)](value) for name, value in strength.items()}
-        hidden: dict[Point, Tensor] = {}
-        found = {}
-        for site in self.sites:
-            if site.name in strength:
-                (source,) = site.gates_from
-                gates = self.gates[_key(source.removesuffix(".in"))]
-                if source not in hidden:
-                    hidden[source] = gates.features(inputs[source])  # type: ignore[operator]
-                found[site.name] = gates.out[_key(site.name)](hidden[source])  # type: ignore[index]
-        return found
+        sites = [site for site in self.sites if site.name in strength]
+        return gate_logits(self.config.gate, self.gates, sites, inputs, strength)
 
     def encode(self, inputs: Inputs, gates: Codes | None = None) -> Codes:
         sites = [site for site in self.sites if site.name in inputs]
         parts = self.components
         if gates is not None:
             return {s.name: replace(gates[s.name], strength=strengths(inputs[s.name], parts[s.name].V, gates[s.name])) for s in sites}
+        sites = [site for site in sites if all(point in inputs for point in site.gates_from)]
         strength = {site.name: strengths(inputs[site.name], parts[site.name].V) for site in sites}
         logits = self.logits(inputs, strength)
         return {name: SiteCodes(value, self._gate(logits[name]), self._delta(value)) for name, value in strength.items()}
@@ -199,7 +219,7 @@ class SPD(Decomposer):
         if choice.k is not None:  # by the logit: importances saturate at 1 and tie there
             kept = torch.zeros_like(logits).scatter(-1, logits.topk(min(choice.k, logits.shape[-1]), -1).indices, 1.0)
         else:
-            threshold = choice.threshold or 0.0
+            threshold = self.config.threshold if choice.threshold is None else choice.threshold
             kept = (logits > (threshold if threshold < 1 else math.inf)).to(logits.dtype)
         return kept * logits.clamp(0, 1) if choice.mask == "soft" else kept
 
@@ -234,6 +254,9 @@ class SPD(Decomposer):
         return rows.of(value[:, 1:] if self.target.keeps_first else value)
 
     def _clean_logits(self, batch: Batch, rows: Rows) -> dict[Point, Tensor]:
+        if self.config.gate == "global_shared_transformer":  # attends: rows stay whole until after it
+            found = self.logits(clean_reads(self, batch), dict.fromkeys(self.components, torch.empty(0)))
+            return {name: rows.of(value) for name, value in found.items()}
         sources = {point for site in self.sites for point in site.gates_from}
         inputs = {point: self._clean(batch, rows, point) for point in sources}
         if self.config.gate == "scalar":
@@ -350,6 +373,6 @@ def _l0(frequency: dict[Point, Tensor]) -> Tensor:
     return torch.stack([value.sum() for name, value in frequency.items() if ".mlp." in name]).sum()
 
 
-def _key(point: Point) -> str:
-    """A point as a module name, which cannot hold dots."""
-    return point.replace(".", "_")
+def _matches(point: Point, counts: dict[str, int]) -> list[str]:
+    """The patterns that match a point."""
+    return [pattern for pattern in counts if fnmatchcase(point, pattern)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from decomp_bench import registry
+from decomp_bench.conditions import upstream
 from decomp_bench.config import EvalConfig, TrainConfig, parse
 from decomp_bench.data.streams import with_clean
 from decomp_bench.decomposer import Decomposer, SiteCodes
@@ -18,10 +19,14 @@ from decomp_bench.replacement import clean_codes, clean_points, clean_rows, repl
 from decomp_bench.train import Job, train
 
 TARGETS = ["lm", "gated_lm", "toy"]
+TRANSFORMER = {"gate": "global_shared_transformer", "gate_width": 8, "gate_blocks": 1, "gate_heads": 2}
+VARIANTS = {"spd of a global transformer": ("spd", TRANSFORMER), "spd of a global MLP": ("spd", {"gate": "global_shared_mlp"})}
+"""Configs of a method that meet the contract differently: gates that read every map, and other positions."""
 
 
 def make(name: str, target, layers=None, seed=0, **config) -> Decomposer:
-    kind = registry.method(name)
+    name, variant = VARIANTS.get(name, (name, {}))
+    kind, config = registry.method(name), {**variant, **config}
     chosen = {**getattr(kind, "presets", {}).get("smoke", {}), **config}
     chosen = {key: value for key, value in chosen.items() if key in kind.Config.model_fields}
     if kind.trainable:
@@ -46,12 +51,23 @@ def world(request: pytest.FixtureRequest):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=registry.names(), scope="module")
-def one(request: pytest.FixtureRequest, world, tmp_path_factory):
+def gates_of(decomposer) -> str:
+    """Where a pass may take its gates from."""
+    return "self" if upstream(decomposer) else "clean"
+
+
+@pytest.fixture(params=[*registry.names(), *VARIANTS], scope="module")
+def named(request: pytest.FixtureRequest) -> str:
+    """A method's name, or that of a variant."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one(named, world, tmp_path_factory):
     """(decomposer after a short training, source, batch with clean activations, its folder)"""
     target, source = world
-    folder = tmp_path_factory.mktemp(request.param)
-    decomposer = trained(request.param, target, source, folder)
+    folder = tmp_path_factory.mktemp(named.replace(" ", "_"))
+    decomposer = trained(named, target, source, folder)
     return decomposer, source, a_batch(decomposer, source), folder
 
 
@@ -76,7 +92,7 @@ def test_shapes_dtypes_and_gates(one):
         assert codes[site.name].gate.dtype == torch.float32
         assert 0 <= codes[site.name].gate.min() <= codes[site.name].gate.max() <= 1
         assert decomposer.component_sizes(site) is not None
-    out = decomposer.replaced(batch)
+    out = decomposer.replaced(batch, gates=gates_of(decomposer))
     assert out.logits.shape == batch.logits.shape
     assert set(out.outputs) == set(decomposer.layers)
     assert out.logits.isfinite().all()
@@ -130,7 +146,7 @@ def test_one_layer_replaced_equals_splicing_by_hand(one):
     decomposer, _, batch, _ = one
     layer, target = decomposer.layers[-1], decomposer.target
     for protocol in ("cascading", "clean", "single"):
-        out = replaced(decomposer, batch, (layer,), protocol)
+        out = replaced(decomposer, batch, (layer,), protocol, gates_of(decomposer))
         spliced = out.outputs[layer]
         hook = target.part(f"{layer}.mlp").register_forward_hook(
             lambda _m, _a, y, spliced=spliced: torch.cat([y[:, :1], spliced], 1) if target.keeps_first else spliced
@@ -142,9 +158,9 @@ def test_one_layer_replaced_equals_splicing_by_hand(one):
 
 def test_single_and_clean_agree_on_a_layers_output(one):
     decomposer, _, batch, _ = one
-    together = replaced(decomposer, batch, decomposer.layers, "clean").outputs
+    together = replaced(decomposer, batch, decomposer.layers, "clean", gates_of(decomposer)).outputs
     for layer in decomposer.layers:
-        alone = replaced(decomposer, batch, (layer,), "single").outputs[layer]
+        alone = replaced(decomposer, batch, (layer,), "single", gates_of(decomposer)).outputs[layer]
         assert torch.allclose(alone, together[layer], atol=1e-5)
 
 
@@ -164,7 +180,7 @@ def test_modules_are_restored_after_an_exception(one):
         raise RuntimeError("edit")
 
     with pytest.raises(RuntimeError, match="edit"):
-        replaced(decomposer, batch, decomposer.layers, edit=fail)
+        replaced(decomposer, batch, decomposer.layers, gates=gates_of(decomposer), edit=fail)
     assert all(a is b for a, b in zip(before, decomposer.target.module.modules(), strict=True))
 
 
@@ -176,7 +192,7 @@ def test_an_edit_runs_once_for_each_site_in_execution_order_and_keep_error_cance
         seen.append((site.layer, site.name))
         return codes
 
-    out = replaced(decomposer, batch, decomposer.layers, edit=note, keep_error=True)
+    out = replaced(decomposer, batch, decomposer.layers, gates=gates_of(decomposer), edit=note, keep_error=True)
     assert sorted(name for _, name in seen) == sorted(site.name for site in decomposer.sites)
     assert [layer for layer, _ in seen] == sorted(layer for layer, _ in seen)
     assert torch.allclose(out.logits, batch.logits, atol=1e-4)
@@ -184,7 +200,7 @@ def test_an_edit_runs_once_for_each_site_in_execution_order_and_keep_error_cance
 
 def test_accounting_is_the_sum_of_active_sizes(one):
     decomposer, source, _, _ = one
-    config = EvalConfig(tokens=300, bootstrap=2, sweep=False, gates=("self",), protocols=("clean",))
+    config = EvalConfig(tokens=300, bootstrap=2, sweep=False, gates=(gates_of(decomposer),), protocols=("clean",))
     (found,) = evaluate([decomposer], source, config)
     rows = [r for r in found.rows if r["curve"] == found.rows[0]["curve"] and r["variant"] == found.rows[0]["variant"]]
     value = {(r["metric"], r["site"]): r["value"] for r in rows}
@@ -199,38 +215,38 @@ def test_accounting_is_the_sum_of_active_sizes(one):
     assert value["active_params", "all"] == pytest.approx(expected / len(decomposer.layers), rel=1e-6)
 
 
-def test_same_seed_same_weights_and_evaluation_does_not_disturb(one, world, tmp_path):
+def test_same_seed_same_weights_and_evaluation_does_not_disturb(one, named, world, tmp_path):
     decomposer, _, _, _ = one
     if not decomposer.trainable:
         pytest.skip("nothing is trained")
     target, source = world
     noise = torch.rand(7)  # the global generator is in another state: it must not matter
-    again = trained(decomposer.name, target, source, tmp_path)
+    again = trained(named, target, source, tmp_path)
     assert noise.shape == (7,)
     for key, value in decomposer.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
 
 
-def test_loss_is_finite_and_falls(world, one, tmp_path):
+def test_loss_is_finite_and_falls(world, one, named, tmp_path):
     decomposer, source, _, _ = one
     if not decomposer.trainable:
         pytest.skip("nothing is trained")
     lines: list[dict] = []
-    again = make(decomposer.name, world[0], seed=1, steps=60)
+    again = make(named, world[0], seed=1, steps=60)
     train([Job(again, tmp_path, lines.append)], source, TrainConfig(log_every=5))
     losses = [line["loss"] for line in lines]
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < losses[0]
 
 
-def test_resumed_training_reaches_the_same_weights_bit_for_bit(one, world, tmp_path):
+def test_resumed_training_reaches_the_same_weights_bit_for_bit(one, named, world, tmp_path):
     decomposer, source, _, _ = one
     if not decomposer.trainable:
         pytest.skip("nothing is trained")
-    part = make(decomposer.name, world[0])
+    part = make(named, world[0])
     with pytest.raises(KeyboardInterrupt):
         train([Job(part, tmp_path, _interrupt_at(10))], source, TrainConfig(log_every=5, save_every=10))
-    resumed = make(decomposer.name, world[0])
+    resumed = make(named, world[0])
     (outcome,) = train([Job(resumed, tmp_path)], source, TrainConfig(log_every=5), resume=True)
     assert outcome.steps == 30
     for key, value in decomposer.state_dict().items():
@@ -249,7 +265,7 @@ def test_every_declared_inference_choice_works(one):
     decomposer, _, batch, _ = one
     for choice in decomposer.sweep():
         view = decomposer.at(**vars(choice))
-        assert replaced(view, batch, decomposer.layers).logits.isfinite().all()
+        assert replaced(view, batch, decomposer.layers, gates=gates_of(view)).logits.isfinite().all()
     if "k" in decomposer.swept:
         small, large = (sum(float(c.active.sum()) for c in clean_codes(decomposer.at(k=k), batch).values()) for k in (1, 4))
         assert small < large

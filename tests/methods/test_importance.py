@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from decomp_bench.methods import _importance as importance_module
-from decomp_bench.methods._importance import Penalty, ScalarGates, SharedGates, annealed, importances
+from decomp_bench.methods._gates import ScalarGates, SharedGates
+from decomp_bench.methods._importance import Penalty, annealed, importances
 from tests.golden.recorded import Golden
 
 MAPS = ("a", "b", "c")
