@@ -123,6 +123,8 @@ class RunConfig(Config):
     seed: int = 0
     method_config: dict[str, Any] = Field(default_factory=dict)
     """Validated against the method's own Config when the run is resolved."""
+    imported: str | None = None
+    """Hash of the files of another tool that the weights come from; None for a run that is trained here."""
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()

@@ -90,6 +90,8 @@ def _claim(resolved: ResolvedRun, existing: Existing, mode: Mode, stack: ExitSta
         return Claim(resolved, run, "skip", note="another process works on it")
     stack.callback(lock.release)
     donor = None if run.path.exists() or existing == "overwrite" else find_trained(resolved.training_key)
+    if resolved.config.imported and (existing == "overwrite" or not (run.trained or donor)):
+        raise UserError(f"run {run.id} is an imported one and is never trained; import its files again: decomp-bench import")
     if mode == "evaluate" and not (run.trained or donor):
         raise UserError(f"nothing trained fits {run.id} (its method or data has changed since, or it is unfinished): train it again")
     if run.path.exists() and existing == "error":
@@ -122,6 +124,8 @@ def _adopt(run: Run, donor: Run) -> str:
             shutil.copy(source, copy)
     made = donor.manifest
     run.update(trained_in={"run": donor.id, "git": made.get("git")}, steps=made.get("steps"), cost=made.get("cost", {}))
+    if "imported" in made:
+        run.update(imported=made["imported"])
     run.log(f"weights taken from {donor.id}, which was trained alike")
     return "evaluate"
 

@@ -112,6 +112,8 @@ def resolve(config: RunConfig, target: TargetModel, source: Any, where: str = "c
 def _hashed(config: RunConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     del data["target"], data["data"]["source"]
+    if config.imported is None:  # ids of trained runs are those from before there were imports
+        del data["imported"]
     for section, keys in EXECUTION_ONLY.items():
         for key in keys:
             del data[section][key]
