@@ -62,6 +62,7 @@ def execute(
             with ExitStack() as stack:
                 claims = [_claim(one, existing, mode, stack) for one in resolved]
                 _work(claims, target, source, experiment, tell, mode)
+                _publish(claims)
                 runs += [claim.run for claim in claims]
     return runs
 
@@ -150,6 +151,17 @@ def _work(claims: list[Claim], target: Any, source: Any, experiment: str, tell: 
                 claim.run.update(status="interrupted")
                 claim.run.log(f"interrupted ({type(error).__name__})")
         raise
+
+
+def _publish(claims: list[Claim]) -> None:
+    """Log what was finished here with Weights & Biases, where that is asked for."""
+    from decomp_bench.tracking import publish
+
+    for claim in claims:
+        config = claim.resolved.config
+        if claim.action != "skip" and config.train.wandb != "off" and claim.run.manifest["status"] == "done":
+            publish(claim.run.path, claim.run.id, config.model_dump(mode="json"), config.train.wandb)
+            claim.run.log(f"logged with Weights & Biases ({config.train.wandb})")
 
 
 def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume: bool) -> None:

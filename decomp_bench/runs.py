@@ -299,12 +299,18 @@ def _absolute_uri(uri: str) -> str:
 def all_runs() -> list[Run]:
     """Every run folder, newest last."""
     folder = runs_folder()
-    found = [path for path in folder.iterdir() if (path / "manifest.json").is_file()] if folder.is_dir() else []
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []  # hidden: half made
+    found = [path for path in entries if (path / "manifest.json").is_file()]
     return [Run(path) for path in sorted(found, key=lambda path: ((path / "config.yaml").stat().st_mtime, path.name))]
 
 
 def find(prefix: str) -> Run:
-    """The run whose id starts with a prefix, or the one in a folder; raises UserError where there is none or more than one."""
+    """The run whose id starts with a prefix, the one in a folder, or the published one of `wandb:entity/project/run`, which is fetched.
+
+    Raises UserError where there is none or more than one.
+    """
+    if prefix.startswith("wandb:"):
+        return fetch(prefix)
     if (Path(prefix) / "manifest.json").is_file():
         return Run(Path(prefix).resolve())
     runs = all_runs()
@@ -316,6 +322,47 @@ def find(prefix: str) -> Run:
         hint = f"runs there: {', '.join(run.id for run in runs[-5:])}" if runs else "there are none yet: decomp-bench train METHOD"
         raise UserError(f"no run '{prefix}' in {runs_folder()}; {hint}")
     raise UserError(f"'{prefix}' fits {len(found)} runs, give more of the id: {', '.join(run.id for run in found[:6])}")
+
+
+def fetch(uri: str) -> Run:
+    """The run `wandb:entity/project/run` in the runs folder: the one that is there already, or what was logged of it, checked and whole.
+
+    Raises UserError where it cannot be fetched, or where what was fetched is no run of that name.
+    """
+    from decomp_bench.remote import wandb_artifact, wandb_name
+    from decomp_bench.tracking import ARTIFACT, LOGGED
+
+    final = runs_folder() / wandb_name(uri, "the run")["run"]
+    if Run(final).trained:
+        return Run(final)
+    if final.exists():
+        raise UserError(f"{final} is in the way: an unfinished run of the same name; delete it: decomp-bench runs rm {final.name}")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        wandb_artifact(uri, ARTIFACT, [*LOGGED, "checkpoint/*"], temporary, "the run")
+        _check_fetched(Run(temporary), final.name)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Run(final)
+
+
+def _check_fetched(run: Run, name: str) -> None:
+    from decomp_bench.provenance import artifact_hashes
+
+    wrong = f"what was logged as {name} is no run of decomp-bench"
+    try:
+        manifest, _ = run.manifest, run.config
+    except UserError as error:
+        raise UserError(f"{wrong}: {str(error).replace(str(run.path), 'it').partition(';')[0]}") from None
+    if not isinstance(manifest, dict) or manifest.get("id") != name:
+        raise UserError(f"{wrong}: its manifest names another run")
+    if not run.trained:
+        raise UserError(f"{wrong}: it has no checkpoint")
+    kept = {key: value for key, value in manifest.get("artifacts", {}).items() if (run.path / key).is_file()}
+    if kept != {key: value for key, value in artifact_hashes(run.path, ARTIFACTS).items() if key in kept}:
+        raise UserError(f"{wrong}: its files are not those that its manifest lists; fetch it again or ask who logged it")
 
 
 def find_trained(training_key: str) -> Run | None:
