@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decomp_bench.errors import UserError
+from decomp_bench.targets.toys import TOYS
 
 if TYPE_CHECKING:
     from decomp_bench.targets.base import TargetModel
@@ -66,7 +67,9 @@ def known() -> list[dict[str, str]]:
         {"uri": uri, "about": named.about, "available": "yes" if named.path().is_dir() else f"no: {named.path()} is absent"}
         for uri, named in NAMED.items()
     ]
-    return rows + [{**pattern, "available": "yes"} for pattern in _PATTERNS]
+    rows += [{**pattern, "available": "yes"} for pattern in _PATTERNS]
+    toys = [{"uri": f"toy:{name}@SEED", "about": toy.about, "available": f"yes: trained in {toy.cost}"} for name, toy in TOYS.items()]
+    return rows + toys
 
 
 def load(uri: str, device: str = "cpu") -> TargetModel:
@@ -89,4 +92,4 @@ def load(uri: str, device: str = "cpu") -> TargetModel:
         return load_toy(rest, uri, device)
     from decomp_bench.registry import suggest
 
-    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, 'hf:FOLDER', 'toy:resid_mlp1'])}")
+    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, 'hf:FOLDER', 'toy:resid_mlp1', *(f'toy:{t}' for t in TOYS)])}")
