@@ -19,6 +19,8 @@ from decomp_bench.targets.toy import sparse_features
 STREAM = "stream.uint16"
 TOY_ROWS_A_DOCUMENT = 64
 """A toy's evaluation rows are independent; they are grouped so that intervals are computed as for documents."""
+DRAWN_ROWS, DRAWN_ROWS_A_DOCUMENT = 16_384, 8
+"""Token rows that a toy draws for training (an eighth for each other split), and how many of them stand for a document."""
 
 
 class Source:
@@ -98,23 +100,26 @@ class ToySource(Source):
     rows_a_sequence = TOY_ROWS_A_DOCUMENT
 
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
-        if config.source is not None:
-            raise UserError(f"{target.uri} has its own data: leave data.source out")
+        _refuse_other_data(target, config)
         self.target, self.config, self.name, self.context = target, config, target.uri.split("@")[0], 1
+        self._drawn: dict[str, torch.Tensor] = {}
 
     @property
     def hash(self) -> str:
-        return digest([self.name, self.target.about["features"], self.target.about["probability"], 1], 16)
+        toy, about = self.target.toy, self.target.about
+        return digest([self.name, about["features"], about["probability"], 1] if toy is None else [toy.key, 1], 16)
 
     def batch(self, split: str, index: np.ndarray) -> Batch:
-        blocks = {int(b): self._block(split, int(b)) for b in np.unique(index // TOY_ROWS_A_DOCUMENT)}
-        x = torch.stack([blocks[int(i) // TOY_ROWS_A_DOCUMENT][int(i) % TOY_ROWS_A_DOCUMENT] for i in index])
-        return Batch(x, None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
+        if split not in self._drawn:
+            self._drawn[split] = torch.cat([self._block(split, block) for block in range(self.size(split) // TOY_ROWS_A_DOCUMENT)])
+        return Batch(self._drawn[split][torch.from_numpy(index)], None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
 
     def _block(self, split: str, block: int) -> torch.Tensor:
-        seed = int(digest([split, block], 12), 16)
-        about = self.target.about
-        return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(int(digest([split, block], 12), 16))
+        toy, about = self.target.toy, self.target.about
+        if toy is None:
+            return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], generator)
+        return toy.draw(TOY_ROWS_A_DOCUMENT, generator)
 
     def size(self, split: str) -> int:
         return 65536 if split == "train" else 16384
@@ -129,9 +134,37 @@ class ToySource(Source):
         return digest([self.hash, split, rows], 16)
 
 
+class DrawnTokens(Source):
+    """Token rows that a toy draws: whole rows, without text and without a tokenizer."""
+
+    def __init__(self, target: TargetModel, config: DataConfig) -> None:
+        _refuse_other_data(target, config)
+        self.target, self.config, self.name, self.context = target, config, target.uri.split("@")[0], target.context
+        self._rows: dict[str, Rows] = {}
+
+    def documents(self, split: str) -> list[Document]:
+        raise UserError(f"{self.target.uri} has no text: what needs documents takes a language model such as pydocs-4l")
+
+    def _load(self, split: str) -> Rows:
+        if split == "stream" or self.target.toy is None:
+            raise UserError(f"{self.target.uri} has no sampled stream: eval.split=test or validation; pydocs-4l has one")
+        count = DRAWN_ROWS if split == "train" else DRAWN_ROWS // 8
+        tokens = self.target.toy.draw(count, torch.Generator().manual_seed(int(digest(["tokens", split], 12), 16))).numpy().astype(np.int32)
+        doc = np.arange(count, dtype=np.int32) // DRAWN_ROWS_A_DOCUMENT
+        names = tuple(map(str, range(int(doc[-1]) + 1)))
+        return Rows(tokens, np.full(count, tokens.shape[1], np.int32), doc, names, names)
+
+
+def _refuse_other_data(target: TargetModel, config: DataConfig) -> None:
+    if config.source is not None:
+        raise UserError(f"{target.uri} has its own data: leave data.source out")
+
+
 def open_source(target: TargetModel, config: DataConfig) -> Source:
     """The source for a target and a data config; raises UserError where the target has no data of its own and none is given."""
-    return ToySource(target, config) if not target.is_lm else Source(target, config)
+    if not target.is_lm:
+        return ToySource(target, config)
+    return Source(target, config) if target.toy is None else DrawnTokens(target, config)
 
 
 def _origin(target: TargetModel, config: DataConfig) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decomp_bench.errors import UserError
+from decomp_bench.targets.toys import TOYS
 
 if TYPE_CHECKING:
     from decomp_bench.targets.base import TargetModel
@@ -75,7 +76,9 @@ def known() -> list[dict[str, str]]:
     from decomp_bench.targets.architectures import LAYOUTS
 
     families = ", ".join(LAYOUTS)
-    return rows + [{**pattern, "about": pattern["about"].format(families=families), "available": "yes"} for pattern in _PATTERNS]
+    rows += [{**pattern, "about": pattern["about"].format(families=families), "available": "yes"} for pattern in _PATTERNS]
+    toys = [{"uri": f"toy:{name}@SEED", "about": toy.about, "available": f"yes: trained in {toy.cost}"} for name, toy in TOYS.items()]
+    return rows + toys
 
 
 def load(uri: str, device: str = "cpu") -> TargetModel:
@@ -106,4 +109,5 @@ def load(uri: str, device: str = "cpu") -> TargetModel:
         return load_toy(rest, uri, device)
     from decomp_bench.registry import suggest
 
-    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, 'hf:FOLDER', 'tl:NAME', *(f'{kind}:FOLDER' for kind in SIMPLE), 'toy:resid_mlp1'])}")
+    names = [*NAMED, "hf:FOLDER", "tl:NAME", *(f"{kind}:FOLDER" for kind in SIMPLE), "toy:resid_mlp1", *(f"toy:{name}" for name in TOYS)]
+    raise UserError(f"unknown target '{uri}'; {suggest(uri, names)}")

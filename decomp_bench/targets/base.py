@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from decomp_bench.targets.toys.truth import Toy
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class TargetModel:
     `uri` names it, `identity` is a hash of its weights (default: of the module as it is given), `layers` counts blocks, `width` is the
     residual width. `task` is `lm` for a language model (token ids [B, T] in, logits [B, T, vocab] out; compared by KL) and `regression`
     for a toy (rows in, rows out; compared by squared error). `keeps_first` says that the first position of a row is never replaced nor
-    scored.
+    scored. `toy` holds the data and the truth of a toy whose mechanisms are known.
     """
+
+    toy: Toy | None = None
 
     def __init__(
         self,
