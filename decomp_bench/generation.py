@@ -1,4 +1,4 @@
-"""Text generated while components are intervened on: batched, with a key-value cache wherever codes at a position need that position alone."""
+"""Text generated under an intervention: batched, with a key-value cache wherever codes at a position need that position alone."""
 
 from __future__ import annotations
 
