@@ -8,6 +8,7 @@ The first position of a language model's row is never replaced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -79,25 +80,28 @@ def replaced(
     gates: Literal["self", "clean"] | Codes = "self",
     edit: Edit | None = None,
     keep_error: bool = False,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    first: int | None = None,
 ) -> Replaced:
     """Run the target with the decomposition in place of these layers.
 
     `gates`: `self` computes gates from the stream of this pass, `clean` from the clean pass, and codes given are used as they are.
     `edit(site, codes)` runs once for each site in execution order. With `keep_error` a place gives f(x) + decode(edited) -
     decode(unedited), so that an edit is measured without the reconstruction error. Gradients flow unless the caller forbids it.
+    `forward` runs the model in another way (with a key-value cache, say) and `first` says how many leading positions are kept there.
     """
     target = decomposer.target
     if not layers:
         assert batch.x is not None
-        return Replaced(target(batch.x))
+        return Replaced((forward or target)(batch.x))
     if protocol == "single" and len(layers) != 1:
         raise ValueError("protocol 'single' replaces one layer at a time")
     given = clean_codes(decomposer, batch) if gates == "clean" else gates if isinstance(gates, dict) else None
-    run = _Pass(decomposer, batch, layers, protocol, given, edit, keep_error)
+    run = _Pass(decomposer, batch, layers, protocol, given, edit, keep_error, first)
     modules = run.modules()
     assert batch.x is not None
     with target.swapped(modules) if modules else nullcontext():
-        logits = target(batch.x)
+        logits = (forward or target)(batch.x)
     return Replaced(logits, run.codes, run.outputs)
 
 
@@ -113,10 +117,11 @@ class _Pass:
         gates: Codes | None,
         edit: Edit | None,
         keep_error: bool,
+        first: int | None,
     ) -> None:
         self.decomposer, self.batch, self.layers, self.protocol = decomposer, batch, set(layers), protocol
         self.given, self.edit, self.keep_error = gates, edit, keep_error
-        self.first = 1 if decomposer.target.keeps_first else 0
+        self.first = int(decomposer.target.keeps_first) if first is None else first
         self.inputs = Reads(real=_real(batch))
         self.codes: Codes = {}
         self.unedited: Codes = {}
@@ -171,7 +176,7 @@ class _Pass:
         value = self.decomposer.decode(self.codes, point, self.inputs)
         if self.keep_error:
             assert original is not None
-            value = original + value - self.decomposer.decode(self.unedited, point, self.inputs)
+            value = original + (value - self.decomposer.decode(self.unedited, point, self.inputs))  # exactly the original without an edit
         return value
 
 
@@ -262,7 +267,9 @@ class _Map(_StandIn):
         run.read(self.point, x)
         original = self.original(x) if run.keep_error else None
         value = run.write(self.point, original[:, first:] if original is not None and first else original)
-        return torch.cat([self.original(x[:, :1]), value], 1) if first else value
+        if not first:
+            return value
+        return torch.cat([original[:, :1] if original is not None else self.original(x[:, :1]), value], 1)
 
 
 class _Constant(_StandIn):
