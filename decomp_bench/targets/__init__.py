@@ -106,4 +106,5 @@ def load(uri: str, device: str = "cpu") -> TargetModel:
         return load_toy(rest, uri, device)
     from decomp_bench.registry import suggest
 
-    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, 'hf:FOLDER', 'tl:NAME', *(f'{kind}:FOLDER' for kind in SIMPLE), 'toy:resid_mlp1'])}")
+    schemes = ["hf:FOLDER", "tl:FOLDER", *(f"{kind}:FOLDER" for kind in SIMPLE), "toy:resid_mlp1"]
+    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, *schemes])}")
