@@ -53,25 +53,36 @@ def hub_folder(name: str, patterns: Sequence[str] = (), what: str = "it") -> Pat
         raise UserError(f"cannot fetch '{name}' from the hub ({reason}); without network give a local folder that holds {what}") from None
 
 
-def wandb_folder(uri: str, patterns: Sequence[str], what: str = "its files") -> Path:
+def wandb_folder(
+    uri: str, patterns: Sequence[str], what: str = "its files", *, newest: str | None = None, optional: Sequence[str] = ()
+) -> Path:
     """Local folder with the files of `wandb:entity/project/run` that match the patterns, fetched where they are not yet in the cache.
 
-    Of the patterns, every one must match a file. Raises UserError for a malformed name, without network or key, and for missing files.
+    Of the patterns, every one must match a file; those of `optional` need not. Of the files that match `newest` (checkpoints of a run),
+    only the one with the largest last number in its name is fetched, and there must be one. Raises UserError for a malformed name,
+    without network or key, and for missing files.
     """
     found = wandb_name(uri, what)
     path = f"{found['entity']}/{found['project']}/{found['run']}"
     folder = cache_dir() / "wandb" / path
+    patterns = [*patterns, *([newest] if newest else [])]
     if all(list(folder.glob(pattern)) for pattern in patterns):
         return folder
     with _asking_wandb(path, what) as run:
         names = [file.name for file in run.files()]
-        for pattern in patterns:
-            for name in fnmatch.filter(names, pattern):
+        for pattern in (*optional, *patterns):
+            matching = fnmatch.filter(names, pattern)
+            for name in sorted(matching, key=_number)[-1:] if pattern == newest else matching:
                 run.file(name).download(root=str(folder), exist_ok=True)
     missing = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if missing:
         raise UserError(f"the wandb run {path} has no file {', '.join(missing)}; it has {', '.join(sorted(names)[:8]) or 'none'}")
     return folder
+
+
+def _number(name: str) -> int:
+    """The last number in a file's name, such as the step of a checkpoint; 0 where there is none."""
+    return int((re.findall(r"\d+", Path(name).stem) or ["0"])[-1])
 
 
 def wandb_artifact(uri: str, kind: str, known: Sequence[str], folder: Path, what: str = "its files") -> None:

@@ -109,5 +109,5 @@ def load(uri: str, device: str = "cpu") -> TargetModel:
         return load_toy(rest, uri, device)
     from decomp_bench.registry import suggest
 
-    names = [*NAMED, "hf:FOLDER", "tl:NAME", *(f"{kind}:FOLDER" for kind in SIMPLE), "toy:resid_mlp1", *(f"toy:{name}" for name in TOYS)]
+    names = [*NAMED, "hf:FOLDER", "tl:FOLDER", *(f"{kind}:FOLDER" for kind in SIMPLE), "toy:resid_mlp1", *(f"toy:{name}" for name in TOYS)]
     raise UserError(f"unknown target '{uri}'; {suggest(uri, names)}")

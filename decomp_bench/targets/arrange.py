@@ -101,7 +101,7 @@ def arrange(model: Any, layout: Layout, name: str) -> Architecture:
         for part in names:
             found[part] = f"{path}.{part.split('.')[1]}" if len(names) > 1 else path
         for layer in range(layers if len(names) > 1 else 0):
-            _split(modules.get(layout.block.format(layer)), path, names, layout.interleaved, model.config)
+            _split(modules[layout.block.format(layer)], path, names, layout.interleaved, model.config.get_text_config())
     if len(parts) > 1:
         for layer in range(layers):
             _join(modules[layout.block.format(layer)], parts)
@@ -116,29 +116,28 @@ def arrange(model: Any, layout: Layout, name: str) -> Architecture:
     )
 
 
-def _split(block: nn.Module | None, path: str, names: list[str], interleaved: bool, config: Any) -> None:
-    """Put the parts of a fused map in its place, in one block."""
-    try:
-        fused = block.get_submodule(path) if block is not None else None
-    except AttributeError:
-        fused = None  # this layer has none
+def _split(block: nn.Module, path: str, names: list[str], interleaved: bool, config: Any) -> None:
+    """Put the parts of a fused map in its place, in one block; a block without it is left as it is."""
+    fused: Any = dict(block.named_modules()).get(path)
     if fused is None:
         return
-    weight, bias = fused.weight.detach(), None if fused.bias is None else fused.bias.detach()  # type: ignore[union-attr, operator]
-    heads = config.num_attention_heads
+    weight, bias = fused.weight.detach(), None if fused.bias is None else fused.bias.detach()
+    attention = names[0].startswith("attn.")
+    heads = getattr(config, "num_attention_heads", 1) if attention else 1
+    kv_heads = (getattr(config, "num_key_value_heads", None) or heads) if attention and not interleaved else heads
+    each = [heads if part == "attn.q" else kv_heads for part in names]
+    if len(weight) % sum(each):
+        raise UserError(f"'{path}' has {len(weight)} rows, which are not those of {' and '.join(names)}: correct 'maps' in {FILE}")
     rows = torch.arange(len(weight))
-    if interleaved:
+    if interleaved and attention:
         pieces = [piece.flatten() for piece in rows.unflatten(0, (heads, -1)).chunk(len(names), 1)]
     else:
-        share = {"attn.q": heads, "attn.k": getattr(config, "num_key_value_heads", None) or heads}
-        share["attn.v"] = share["attn.k"]
-        each = [share.get(part, 1) for part in names]
         pieces = list(rows.split([len(weight) * one // sum(each) for one in each]))
     parts = {
         part.split(".")[1]: linear(weight[piece].contiguous(), None if bias is None else bias[piece].contiguous())
         for part, piece in zip(names, pieces, strict=True)
     }
-    _put(block, path, Split(parts, heads if interleaved else None))  # type: ignore[arg-type]
+    _put(block, path, Split(parts, heads if interleaved and attention else None))
 
 
 def _join(block: nn.Module, parts: list[str]) -> None:

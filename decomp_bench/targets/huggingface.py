@@ -77,10 +77,11 @@ def as_target(found: Loaded, name: str, uri: str, device: str | torch.device, co
     parameters = sum(p.numel() for p in model.parameters())
     architecture = arrange(model, found.layout, name)
     keep_16_bits(model, architecture, found.stored)
-    config = model.config
+    config = model.config.get_text_config()
     longest = context or min(LONGEST_CONTEXT, getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
-    about = {"model_type": config.model_type, "parameters": parameters}
-    layers, width = blocks(model, architecture.block), config.hidden_size
+    about = {"model_type": model.config.model_type, "parameters": parameters}
+    layers = blocks(model, architecture.block)
+    width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
     return TargetModel(uri, model, architecture, layers, width, "lm", found.tokenizer, longest, device, about, found.identity)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from decomp_bench.errors import UserError
-from decomp_bench.targets.architectures import LAYOUTS, Layout
+from decomp_bench.targets.architectures import Layout
 from decomp_bench.targets.arrange import transpose_conv1d
 from decomp_bench.targets.base import Architecture, TargetModel
 from decomp_bench.targets.huggingface import LONGEST_CONTEXT, fetch, fuse_gelu
@@ -30,7 +29,8 @@ def load_transformerlens(name: str, uri: str, device: str | torch.device) -> Tar
     """Load a folder, a hub name or a name of TransformerLens and bridge it.
 
     The weights are hashed before they are bridged, so that the identity is that of `hf:` on the same model, whose numbers it gives to
-    rounding. `bridge` of the target is the TransformerBridge. Raises UserError as `hf:` does, and where there is no bridge for the model.
+    rounding; they are held in fp32. `bridge` of the target is the TransformerBridge. Raises UserError as `hf:` does, and where there is
+    no bridge for the model.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.supported_models import MODEL_ALIASES
@@ -41,7 +41,6 @@ def load_transformerlens(name: str, uri: str, device: str | torch.device) -> Tar
     model: Any = found.model
     fuse_gelu(model)
     parameters = sum(p.numel() for p in model.parameters())
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     try:
         where = str(folder) if folder.is_dir() else official
         bridge: Any = TransformerBridge.boot_transformers(where, hf_model=model, tokenizer=found.tokenizer, device=str(device))
@@ -51,7 +50,7 @@ def load_transformerlens(name: str, uri: str, device: str | torch.device) -> Tar
     transpose_conv1d(model)
     config = model.config
     context = min(LONGEST_CONTEXT, getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
-    about = {"model_type": config.model_type, "parameters": parameters, "bridge": True}
+    about = {"model_type": config.model_type, "parameters": parameters}
     target = TargetModel(
         uri, model, _architecture(bridge, model, name), len(bridge.blocks), config.hidden_size, "lm", found.tokenizer, context, device,
         about, found.identity,
@@ -72,7 +71,7 @@ def _architecture(bridge: Any, model: Any, name: str) -> Architecture:
     block = paths[id(first)].removesuffix(".0")
     mlp = _inside(first, "mlp")
     if mlp is None or getattr(mlp, "name", None) is None:
-        raise UserError(f"{name}: its bridge has no MLP module in its blocks; load it as hf:{name}, which knows {', '.join(sorted(LAYOUTS))}")
+        raise UserError(f"{name}: its bridge has no MLP module in its blocks; load it as hf:{name}")
     maps = {point: path(_inside(first, inner)) for point, inner in _MAPS.items()}
     attn = path(_inside(first, "attn"))
     body = getattr(model, "base_model_prefix", "") or None

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 
 from decomp_bench import api, data, targets
 from decomp_bench.analysis import pareto
 from decomp_bench.config import DataConfig, parse
 from decomp_bench.data.streams import with_clean
+from decomp_bench.errors import UserError
 from decomp_bench.registry import method
 from decomp_bench.replacement import ablated, clean_points
 from decomp_bench.targets.architectures import LAYOUTS
-from tests.targets.models import GATED, KINDS, build, save
+from tests.conftest import tiny_tokenizer
+from tests.targets.models import GATED, GROUPED, KINDS, build, save
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,86 @@ def test_a_run_is_trained_evaluated_and_plotted(world, text, tmp_path, monkeypat
     assert set(frame["protocol"]) >= {"cascading", "clean", "single"}
     assert np.isfinite(frame.loc[frame["applicable"] == "yes", "value"].dropna()).all()
     assert pareto(frame).axes
+
+
+# ---- a layout from the model's folder
+
+
+PATHS = {"block": "model.layers.{}", "mlp": "mlp", "attn": "self_attn", "maps": {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}}
+
+
+@pytest.fixture
+def unknown(tmp_path):
+    """A folder of an architecture that the table lacks."""
+    config = transformers.Starcoder2Config(**GROUPED)
+    transformers.Starcoder2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_an_unknown_architecture_is_used_by_naming_its_paths(unknown, text):
+    with pytest.raises(UserError, match=r"'starcoder2' is not known; name its module paths \(block, mlp, .* in .*decomp_bench") as error:
+        targets.load(f"hf:{unknown}")
+    assert "\n" not in str(error.value)
+    (unknown / "decomp_bench.yaml").write_text(yaml.safe_dump(PATHS))
+    target = targets.load(f"hf:{unknown}")
+    assert target.maps(2) == ["2.mlp.up", "2.mlp.down"]
+    decomposer = make("neurons", target).at(k=24)
+    batch = a_batch(decomposer, data.source(target, DataConfig(source=str(text))))
+    near(decomposer.replaced(batch).logits, batch.logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"block": "model.layers"}, "must hold {} once"),
+        ({"block": "layers.{}"}, r"has no module 'layers\.0': correct 'block'"),
+        ({"mlp": "ffn"}, r"has no module 'ffn' in its blocks: correct decomp_bench\.yaml; a block has .*mlp\.c_fc"),
+        ({"maps": {"mlp.middle": "mlp.c_fc"}}, "unknown map 'mlp.middle'; known: mlp.gate"),
+        ({"modules": []}, "unknown key 'modules'"),
+    ],
+)
+def test_a_wrong_path_is_one_line_that_names_the_fix(unknown, change, says):
+    (unknown / "decomp_bench.yaml").write_text(yaml.safe_dump({**PATHS, **change}))
+    with pytest.raises(UserError, match=says) as error:
+        targets.load(f"hf:{unknown}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_may_change_what_the_table_says_and_is_then_another_target(tmp_path):
+    plain = targets.load(f"hf:{save('gpt2', tmp_path)}")
+    (tmp_path / "decomp_bench.yaml").write_text("{attn: null, maps: {'attn.q+attn.k+attn.v': null, attn.o: null}}")
+    changed = targets.load(f"hf:{tmp_path}")
+    assert list(changed.map_paths) == [p for p in plain.map_paths if ".mlp." in p]
+    assert changed.identity != plain.identity
+
+
+# ---- checkpoints in 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
+@torch.no_grad()
+def test_16_bit_checkpoints_are_held_as_stored_and_evaluated_in_32(kind, dtype, tmp_path, text):
+    target = targets.load(f"hf:{save(kind, tmp_path, dtype)}")
+    source = data.source(target, DataConfig(source=str(text)))
+    spd = make("spd", target, components=7, init="random", gate_hidden=(4,)).at(mask="all", delta=True)
+    batch = a_batch(spd, source)
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    near(batch.logits, wide(input_ids=batch.x, use_cache=False).logits)
+    assert batch.logits.dtype == torch.float32
+    assert {target.part(point).weight.dtype for point in target.map_paths} == {dtype}
+    assert {target.weight(point).dtype for point in target.map_paths} == {torch.float32}
+    for view in (spd, make("neurons", target).at(k=24)):
+        near(view.replaced(batch).logits, batch.logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float((target(batch.x).float() - batch.logits).abs().mean()) < 0.1 * float(batch.logits.std())
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = save("qwen3", tmp_path) / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp" not in k}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights of its architecture: model\.layers\.1\.mlp"):
+        targets.load(f"hf:{tmp_path}")
