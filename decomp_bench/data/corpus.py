@@ -55,13 +55,11 @@ def open_corpus(config: DataConfig) -> Corpus:
     """The corpus that `data.source` names; raises UserError where it is not there. Nothing is read yet."""
     source = config.source or "pydocs"
     if source == "pydocs":
-        return _pydocs()
+        return _pydocs(config)
     if source.startswith(SCHEME):
         hub = HubData(config)
         return Corpus(hub.name, ["hub", hub.key], lambda: _hub_records(hub), hub.tokenised, hub.check_tokenizer)
-    unused = [f"data.{key}" for key in HUB_KEYS if getattr(config, key) != DataConfig.model_fields[key].default]
-    if unused:
-        raise UserError(f"{', '.join(unused)}: for hub data sets only (data.source=hf:NAME or hf:FOLDER); {source} is local text")
+    _refuse(config, HUB_KEYS, f"for hub data sets only (data.source=hf:NAME or hf:FOLDER); {source} is local text")
     files, lower = files_of(source), bool(config.lower)
 
     def read() -> Iterator[Record]:
@@ -72,13 +70,21 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Corpus(stem(source), ["local", fingerprint(files), config.column, lower, config.documents], read)
 
 
-def _pydocs() -> Corpus:
+def _pydocs(config: DataConfig) -> Corpus:
     from decomp_bench.data import pydocs
+
+    _refuse(config, (*HUB_KEYS, "documents", "lower"), "the embedded corpus is taken as it is")
 
     def read() -> Iterator[Record]:
         return (Record(split, d.name, d.label, d.text) for split in SPLITS for d in pydocs.documents(split))
 
     return Corpus("pydocs", ["pydocs", pydocs.corpus_hash()], read)
+
+
+def _refuse(config: DataConfig, keys: tuple[str, ...], why: str) -> None:
+    """Raise UserError where one of these keys is set."""
+    if unused := [f"data.{key}" for key in keys if getattr(config, key) != DataConfig.model_fields[key].default]:
+        raise UserError(f"{', '.join(unused)}: {why}")
 
 
 def _by_hash(label: str, content: str | list[int] | None, held_out: tuple[str, ...] = ("validation", "test")) -> Record | None:

@@ -77,7 +77,7 @@ class HubData:
 
     @cached_property
     def key(self) -> list[Any]:
-        """What decides the documents, known without opening them."""
+        """What decides the documents, known without opening them: rows made once are kept until `decomp-bench cache evict`."""
         where = fingerprint(sorted(f for f in self.folder.rglob("*") if f.is_file())) if self.folder else [self.repository, self.revision]
         splits = [self.config.split, self.config.validation_split, self.config.test_split]
         order = self.config.seed if self.streaming else None
@@ -98,6 +98,10 @@ class HubData:
         except UserError:
             raise
         except Exception as error:
+            if "zstd" in str(error):
+                raise UserError(
+                    f"the data set '{self.name}' is compressed with zstd, which needs a package: pip install zstandard"
+                ) from None
             raise self._unread(split, (str(error).strip().splitlines() or [type(error).__name__])[0]) from None
 
     def _values(self, dataset: Any) -> Iterator[str | list[int] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 
@@ -176,6 +177,7 @@ def test_token_ids_of_another_tokenizer_are_refused_where_it_is_known(lm, tmp_pa
         ({"source": "hf:/no/such/folder"}, "no folder /no/such/folder"),
         ({"source": "hf:"}, "^data.source=hf:NAME takes a local data set folder or a hub name"),
         ({"source": "a.txt", "subset": "en"}, r"data\.subset: for hub data sets only"),
+        ({"source": "pydocs", "documents": 5}, r"data\.documents: the embedded corpus is taken as it is"),
     ],
 )
 def test_what_does_not_fit_is_one_line_that_names_the_fix(tmp_path, change, says):
@@ -188,6 +190,14 @@ def test_what_does_not_fit_is_one_line_that_names_the_fix(tmp_path, change, says
 def test_a_column_of_ids_read_as_text_says_so(tmp_path):
     with pytest.raises(UserError, match=r"for token ids set data\.tokenised=true"):
         list(open_corpus(DataConfig(source=parquet(tmp_path / "d", train=[[1, 2], [3, 4]]), column="story")).read())
+
+
+def test_a_compressed_data_set_names_the_package_that_is_missing(tmp_path):
+    if importlib.util.find_spec("zstandard"):
+        pytest.skip("zstandard is installed")
+    (tmp_path / "train.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(6))
+    with pytest.raises(UserError, match="pip install zstandard"):
+        list(open_corpus(DataConfig(source=f"hf:{tmp_path}")).read())
 
 
 @pytest.mark.parametrize("streaming", [True, False])
