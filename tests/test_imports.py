@@ -62,6 +62,7 @@ def test_no_method_is_named_outside_methods(path: Path):
         "decomp_bench.metrics",
         "decomp_bench.analysis",
         "decomp_bench.cli",
+        "decomp_bench.interop",
     ],
 )
 def test_light_modules_import_no_torch(module: str):

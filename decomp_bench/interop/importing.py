@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import Timeout
+
 from decomp_bench.config import RunConfig, digest
 from decomp_bench.errors import UserError
 from decomp_bench.interop import format_named
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from decomp_bench.interop._plain import Plain
     from decomp_bench.targets import TargetModel
 
+CALIBRATION_BATCH = 256
 SELECTED_BY_K = ("topk", "batchtopk", "groupmax")
 
 
@@ -49,15 +52,17 @@ def import_run(
     given["method_config"] = decomposer.config.model_dump(mode="json")
     resolved = resolve(options.model_copy(update=given), target, text, "import")
     run = Run(runs_folder() / resolved.id)
-    with run.lock():
-        if run.path.exists() and run.trained:
-            return run
-        shutil.rmtree(run.path, ignore_errors=True)
-        create(resolved)
-        decomposer.save(run.checkpoint)
-        origin = {"from": kind, "sources": [_absolute(source) for source in sources], "files": used}
-        run.update(status="done", imported=origin, steps=0, converged="unknown")
-        run.log(f"imported from {kind}: {', '.join(sources)}")
+    try:
+        with run.lock().acquire(timeout=1):
+            if not run.trained:
+                shutil.rmtree(run.path, ignore_errors=True)
+                create(resolved)
+                decomposer.save(run.checkpoint)
+                origin = {"from": kind, "sources": [_absolute(source) for source in sources], "files": used}
+                run.update(status="done", imported=origin, steps=0, converged="unknown")
+                run.log(f"imported from {kind}: {', '.join(sources)}")
+    except Timeout:
+        raise UserError(f"run {run.id} is being worked on by another process; wait for that one") from None
     return run
 
 
@@ -88,7 +93,7 @@ def _made(coders: list[Plain], target: TargetModel, text: Data) -> Decomposer:
 
     made = as_decomposer(coders, target)
     if uncalibrated(coders):
-        made.finish(iterate(ActivationStream(text, made.points(), made.config.batch)))
+        made.to(target.device).finish(iterate(ActivationStream(text, made.points(), CALIBRATION_BATCH)))
         keep_thresholds(made, coders)
     return made
 

@@ -20,6 +20,7 @@ ACTIVATIONS = {"vanilla": "relu", "topk": "topk", "batchtopk": "batchtopk", "jum
 UNSUPPORTED = {
     "input_unit_norm": "it normalises each row by itself and is scaled back by the true output",
     "train_post_encoder": "it has a second encoder",
+    "skip_connection": "a skip connection is not read from this format",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decomp_bench.config import digest
 from decomp_bench.errors import UserError
 from decomp_bench.interop._files import Source, need
 from decomp_bench.interop._places import between
@@ -55,8 +55,8 @@ def _of_release(given: str) -> tuple[list[Plain], dict[str, str]]:
         raise UserError(f"sae-lens cannot load {given} ({reason}); without network give a local folder") from None
     config = sae.cfg.to_dict()
     weights = {key: value.detach().float().cpu() for key, value in sae.state_dict().items()}
-    held = {key: digest(value.flatten().tolist(), 64) for key, value in weights.items()}
-    return [coder({**config, **config["metadata"]}, weights, None, given)], {f"{given}/{key}": value for key, value in held.items()}
+    held = {f"{given}/{key}": hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() for key, value in weights.items()}
+    return [coder({**config, **config["metadata"]}, weights, None, given)], held
 
 
 def coder(config: dict[str, Any], weights: dict[str, Tensor], scale: float | None, where: str) -> Plain:

@@ -7,10 +7,10 @@ import torch
 
 from decomp_bench.errors import UserError
 from decomp_bench.interop import FORMATS, format_named
-from decomp_bench.interop._plain import as_decomposer, as_plain, dictionary
+from decomp_bench.interop._plain import as_decomposer, as_plain, dictionary, keep_thresholds
 from decomp_bench.interop.importing import located
 from decomp_bench.registry import method
-from tests.interop.forward import activations, agree, ours, run, target
+from tests.interop.forward import K, activations, agree, ours, run, target
 
 ABOUT = {"run": "a-run", "model": "a-model", "made_by": "decomp-bench"}
 ACTIVATIONS = ["relu", "topk", "batchtopk", "jumprelu"]
@@ -94,3 +94,15 @@ def test_thresholds_of_zero_are_a_relu():
     made = as_decomposer(coders, on)
     assert all(bool(value.isfinite().all()) for value in made.state_dict().values())
     agree(run(made, inputs)[0], run(ours("sae", on, layers=(1,), activation="relu"), inputs)[0], 1e-6)
+
+
+def test_a_threshold_that_came_along_outlasts_a_calibration():
+    """Calibrated thresholds serve other k; the trained k keeps the one that its tool saved."""
+    on = target()
+    coders = as_plain(ours("transcoder", on, activation="batchtopk"))
+    made = as_decomposer(coders, on)
+    made.coder(made.sites[0]).activation.table_threshold.fill_(9.0)
+    keep_thresholds(made, coders)
+    activation = made.coder(made.sites[0]).activation
+    assert float(activation.threshold(K)) == float(coders[0].threshold[0])
+    assert float(activation.threshold(2 * K)) == 9.0
