@@ -252,7 +252,8 @@ class Decomposer(nn.Module):
     @classmethod
     def skip(cls, target: TargetModel, layers: tuple[int, ...]) -> str | None:
         """Why the method does not apply to this target and these layers, or None."""
-        return None
+        without = [layer for layer in layers if next(target.part(f"{layer}.mlp").parameters(), None) is None]
+        return f"{target.uri} has no MLP at layer {without[0]}" if without else None
 
     # ---- training hooks
 

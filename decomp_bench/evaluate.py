@@ -23,6 +23,7 @@ from decomp_bench.metrics import CATALOGUE, HEADLINE, metric_catalogue, metric_v
 from decomp_bench.metrics.liveness import DENSE
 from decomp_bench.metrics.observe import Liveness, RowSums, Scored, activity, base_sums, behaviour_sums, code_sums, output_sums
 from decomp_bench.quantise import coefficient_bits
+from decomp_bench.recovery import recovered
 from decomp_bench.replacement import clean_codes, clean_points, replaced
 from decomp_bench.rows import context, describe, not_applicable, rows_of
 
@@ -172,6 +173,8 @@ def _report(
     for measured in plan:
         live = measured.liveness.sums(1 if measured.condition.protocol == "single" else len(decomposer.layers), DENSE)
         alive = {name: int(value) for (quantity, name), value in live.items() if quantity == "fired"}
+        if measured is plan[0]:
+            live |= recovered(decomposer, measured.liveness.fired)
         ctx = context(decomposer, measured.condition, alive, bits)
         arrays = measured.arrays()
         for gates in gate_labels(decomposer, measured.condition, config):

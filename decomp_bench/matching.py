@@ -121,11 +121,6 @@ def dense_error(importance: Float[Tensor, "f C"], k: int, entries: int = 1, tole
 # ---- neurons
 
 
-def contributions(response: Float[Tensor, "f n"], effect: Float[Tensor, "f n"]) -> Float[Tensor, "f n"]:
-    """What each neuron adds to each feature's own output when the feature is on: its response times its effect (SPD: neuron contribution)."""
-    return response * effect
-
-
 def contribution_correlation(
     response: Float[Tensor, "f n"],
     effect: Float[Tensor, "f n"],
@@ -135,12 +130,13 @@ def contribution_correlation(
 ) -> float:
     """Pearson correlation of neuron contributions: the target's against those of one component for each feature.
 
+    A neuron's contribution is what it adds to a feature's own output when the feature is on: its response times its effect (SPD).
     Component c of the map into the neurons responds with feature[c, i] neurons[c]; `summed` is the effect of all components of the map out
     of them together. For each feature the component with the largest single contribution stands.
     """
     each = feature.T[:, :, None] * neurons * summed[:, None]
     best = each[torch.arange(len(each)), each.amax(2).argmax(1)]
-    pair = torch.stack([contributions(response, effect).flatten(), best.flatten()]).double()
+    pair = torch.stack([(response * effect).flatten(), best.flatten()]).double()
     return float(torch.corrcoef(pair)[0, 1])
 
 
@@ -157,8 +153,8 @@ def absorption(active: Bool[Tensor, "rows C"], parent: Bool[Tensor, " rows"], ch
     hits = truth @ on
     f1 = 2 * hits / (on.sum(0) + truth.sum()).clamp_min(1)
     best = int(f1.argmax())
-    missed = lambda rows: float((~active[rows, best]).double().mean())
-    return missed(parent & child) - missed(parent & plain), float(f1[best])
+    beside, alone = (float((~active[rows, best]).double().mean()) for rows in (parent & child, parent & plain))
+    return beside - alone, float(f1[best])
 
 
 def _unit(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

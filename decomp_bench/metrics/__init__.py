@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from decomp_bench.metrics import behaviour, fidelity, liveness, sparsity
+from decomp_bench.metrics import behaviour, fidelity, liveness, recovery, sparsity
 from decomp_bench.metrics.base import Context, Metric, SiteInfo
 
 __all__ = ["CATALOGUE", "Context", "Metric", "SiteInfo", "metric_catalogue", "metric_versions"]
 
-CATALOGUE: dict[str, Metric] = {m.key: m for m in (*behaviour.METRICS, *fidelity.METRICS, *sparsity.METRICS, *liveness.METRICS)}
-UNINTERVALLED = {m.key for m in liveness.METRICS}
+CATALOGUE: dict[str, Metric] = {
+    m.key: m for m in (*behaviour.METRICS, *fidelity.METRICS, *sparsity.METRICS, *liveness.METRICS, *recovery.METRICS)
+}
+UNINTERVALLED = {m.key for m in (*liveness.METRICS, *recovery.METRICS)}
 """Metrics that are not functions of per-document sums."""
 HEADLINE = {"lm": "ce_delta", "regression": "output_mse"}
 

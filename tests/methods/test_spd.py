@@ -74,8 +74,10 @@ class _Explicit(torch.nn.Module):
 
 def test_every_loss_trains_and_draws_from_its_own_generator(toy, lm):
     for target, source in (toy, lm):
-        for options in ({"gate": "scalar", "stochastic": 1.0, "layerwise": 1.0, "penalty": "lp", "p": 1.0, "p_end": 0.5, "beta": 0.1},
-                        {"sigmoid": "leaky", "samples": 2, "delta": False}):
+        for options in (
+            {"gate": "scalar", "stochastic": 1.0, "layerwise": 1.0, "penalty": "lp", "p": 1.0, "p_end": 0.5, "beta": 0.1},
+            {"sigmoid": "leaky", "samples": 2, "delta": False},
+        ):
             spd = small(target, **options)
             batch = a_batch(spd, source, range(8))
             torch.manual_seed(0)
@@ -154,9 +156,11 @@ def test_l0_and_kl_of_a_checkpoint_by_hand(gated_lm):
     logits = spd.logits(inputs, {site.name: inputs[site.name] @ spd.components[site.name].V for site in spd.sites})
     hooks = []
     for name, part in spd.components.items():
+
         def masked(_module, args, y, part=part, z=logits[name]):
             on = (z > 0).float()
             return torch.cat([y[:, :1], ((args[0] @ part.V * on) @ part.U)[:, 1:]], 1)
+
         hooks.append(target.part(name).register_forward_hook(masked))
     by_hand = target(batch.x)
     for hook in hooks:

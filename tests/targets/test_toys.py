@@ -11,6 +11,7 @@ import torch
 
 from decomp_bench import data, targets
 from decomp_bench.config import DataConfig
+from decomp_bench.decomposer import Batch, Decomposer, Site, SiteCodes, Slot
 from decomp_bench.errors import UserError
 from decomp_bench.targets.toys import TOYS, library
 from decomp_bench.targets.toys.hierarchy import Hierarchy
@@ -167,6 +168,41 @@ def test_rows_of_tokens_are_a_source_without_a_tokenizer():
     assert source.size("train") == 8 * source.size("test")
     with pytest.raises(UserError, match="has its own data"):
         data.source(target, DataConfig(source="x.txt"))
+
+
+def test_attention_maps_of_the_induction_model_can_be_replaced_and_an_empty_mlp_cannot():
+    from decomp_bench import registry
+    from decomp_bench.replacement import replaced
+    from tests.planted import make
+
+    recipe = dataclasses.replace(Induction(), steps=1, batch=2)
+    target = recipe.build(recipe.train(0, QUIET)[0], "toy:ih@0", "cpu")
+    assert "no MLP" in registry.method("sae").skip(target, (0, 1))
+
+    class Own(Decomposer):
+        """Every attention map, decomposed into the rows of its own weight, halved where asked."""
+
+        name, trainable, share = "own", False, 1.0
+
+        def build(self, generator):
+            self.own = {point: target.weight(point) for point in target.map_paths}
+            for point in self.own:
+                layer = int(point[0])
+                self.sites.append(Site(point, layer, (point,), (Slot(point, point),), 16))
+
+        def encode(self, inputs, gates=None):
+            found = {p: inputs[p] @ w.T for p, w in self.own.items() if p in inputs}
+            return {p: SiteCodes(value, torch.full_like(value, self.share)) for p, value in found.items()}
+
+        def decode(self, codes, write, inputs):
+            return codes[write].value
+
+    whole = make(Own, target)
+    assert len(whole.sites) == 8
+    x = target.toy.draw(3, torch.Generator().manual_seed(0))
+    assert torch.allclose(replaced(whole, Batch(x), (0, 1)).logits, target(x), atol=1e-5)
+    whole.share = 0.5
+    assert not torch.allclose(replaced(whole, Batch(x), (0, 1)).logits, target(x), atol=1e-2)
 
 
 def test_rows_of_a_toy_depend_on_their_index_alone():
