@@ -13,7 +13,7 @@ COLUMNS_AT_ONCE = 1 << 25
 def auroc(values: Float[Tensor, "rows n"], labels: Bool[Tensor, "rows c"]) -> Float[Tensor, "n c"]:
     """P(value of a positive > value of a negative) + P(equal) / 2, for each column of values and each label; NaN where a class is empty.
 
-    Zeros are never sorted: they are one tie between the negative and the positive values, so sparse codes cost what is not zero.
+    Where most values are zero, zeros are not sorted: they are one tie between the negative and the positive values.
     """
     rows, n = values.shape
     positives = labels.double().sum(0)
@@ -26,32 +26,30 @@ def auroc(values: Float[Tensor, "rows n"], labels: Bool[Tensor, "rows c"]) -> Fl
 
 def _rank_sums(values: Float[Tensor, "rows n"], labels: Bool[Tensor, "rows c"]) -> Float[Tensor, "n c"]:
     """Sum of the tie-averaged ranks of the positives."""
-    n = values.shape[1]
-    column, row = values.T.nonzero(as_tuple=True)
-    value = values[row, column]
-    order = value.argsort(stable=True)
-    order = order[column[order].argsort(stable=True)]
-    column, row, value = column[order], row[order], value[order]
-    negative = torch.bincount(column[value < 0], minlength=n).double()
-    count = torch.bincount(column, minlength=n).double()
-    zeros = len(values) - count
-    rank = _tied_places(column, value) - (count.cumsum(0) - count)[column] + (value > 0) * zeros[column]
-    of_zero = negative + (zeros + 1) / 2
-    sums = []
-    for label in labels.T:
-        hit = label[row]
-        ranked = torch.bincount(column, weights=rank * hit, minlength=n)
-        sums.append(ranked + of_zero * (label.sum() - torch.bincount(column[hit], minlength=n)))
-    return torch.stack(sums, 1)
+    by_column = values.T.contiguous()
+    there = by_column != 0
+    count = there.sum(1)
+    if 2 * int(count.max()) > len(values):
+        value, order = by_column.sort(1)
+        return torch.empty_like(value, dtype=torch.float64).scatter_(1, order, _tied_places(value)) @ labels.double()
+    zeros, negative = len(values) - count, (by_column < 0).sum(1)
+    ranks = (negative + (zeros + 1) / 2).double()[:, None].repeat(1, len(values))
+    column, row = there.nonzero(as_tuple=True)
+    if len(column):
+        place = torch.arange(len(column), device=values.device) - (count.cumsum(0) - count)[column]
+        packed = by_column.new_full((len(count), int(count.max())), torch.inf)
+        packed[column, place] = by_column[column, row]
+        value, order = packed.sort(1)
+        rank = _tied_places(value) + (value > 0) * zeros[:, None]
+        ranks[column, row] = torch.empty_like(rank).scatter_(1, order, rank)[column, place]
+    return ranks @ labels.double()
 
 
-def _tied_places(column: Tensor, value: Tensor) -> Float[Tensor, " entries"]:
-    """Places 1, 2, ... of entries sorted by column and value; equal ones share the mean of theirs."""
-    if not len(value):
-        return value.double()
-    new = torch.ones(len(value), dtype=torch.bool, device=value.device)
-    new[1:] = (value[1:] != value[:-1]) | (column[1:] != column[:-1])
-    run = new.cumsum(0) - 1
-    length = torch.bincount(run).double()
-    end = length.cumsum(0)
-    return (end - (length - 1) / 2)[run]
+def _tied_places(value: Float[Tensor, "n most"]) -> Float[Tensor, "n most"]:
+    """Places 1, 2, ... of the entries of sorted rows; equal ones share the mean of theirs."""
+    place = torch.arange(1, value.shape[1] + 1, device=value.device).expand(value.shape)
+    change = value[:, 1:] != value[:, :-1]
+    edge = torch.ones_like(value[:, :1], dtype=torch.bool)
+    first = torch.where(torch.cat([edge, change], 1), place, 0).cummax(1).values
+    last = torch.where(torch.cat([change, edge], 1), place, value.shape[1]).flip(1).cummin(1).values.flip(1)
+    return (first + last).double() / 2

@@ -112,13 +112,16 @@ def perturbation(decomposer: Decomposer, batch: Batch, intervention: Interventio
     return total**0.5
 
 
-def matched(decomposer: Decomposer, batch: Batch, intervention: Intervention, ratio: float, tolerance: float = 0.01) -> Intervention | None:
+def matched(
+    decomposer: Decomposer, batch: Batch, intervention: Intervention, ratio: float, start: float = 1.0, tolerance: float = 0.01
+) -> Intervention | None:
     """The intervention with the amount at which its perturbation is `ratio` (see `perturbation`); None where none is found.
 
-    An amount is searched by proportion, which is exact after one step where the output is linear in it. `scale` is searched above one.
+    An amount is searched by proportion from `start`, which is exact after one step where the output is linear in it. `scale` is searched
+    above one.
     """
     base = 1.0 if intervention.kind == "scale" else 0.0
-    size = 1.0
+    size = start
     for _ in range(40):
         found = replace(intervention, amount=base + size)
         measured = perturbation(decomposer, batch, found)

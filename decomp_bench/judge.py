@@ -110,7 +110,7 @@ class Judge:
         keys = [digest([self.config.model, self.config.endpoint, self.config.parameters, list(one)], 32) for one in requests]
         distinct = dict(zip(keys, requests, strict=True))
         with ThreadPoolExecutor(self.config.concurrency) as pool:
-            found = dict(zip(distinct, pool.map(lambda item: self._ask(*item, parse), distinct.items()), strict=True))
+            found = dict(zip(distinct, pool.map(lambda key: self._ask(key, distinct[key], parse), distinct), strict=True))
         return [found[key] for key in keys]
 
     def ask(self, messages: Messages, parse: Callable[[str], Value]) -> Verdict[Value]:

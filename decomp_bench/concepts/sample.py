@@ -99,11 +99,11 @@ def draw(source: Source, fold: Fold, concepts: Sequence[Concept], general: int, 
         if concept.of_documents:
             of_label = {label: concept.in_label(label) for label in set(rows.labels)}
             own = [int(i) for i in pool if of_label[rows.labels[rows.doc[i]]]]
-            chosen |= set(_spread(own, rows.doc)[:positive])
+            chosen |= set(spread_over_documents(own, rows.doc)[:positive])
     return Sample(source, fold, np.array(sorted(chosen), np.int64), tuple(concepts))
 
 
-def _spread(rows: list[int], doc: np.ndarray) -> list[int]:
+def spread_over_documents(rows: list[int], doc: np.ndarray) -> list[int]:
     """One row of each document, then a second of each, and so on."""
     seen: dict[int, int] = {}
     order = []
