@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from decomp_bench.config import MethodConfig
 
-from ._activations import BatchTopK, TopK
-from ._coder import DictionaryConfig
+from ._dictionary_config import DictionaryConfig
+from ._topk import BatchTopK, TopK
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -195,7 +195,8 @@ class Layer(nn.Module):
         self.selection: TopK | BatchTopK | None = None
         """What k at inference means: the k largest of a row, or the threshold at which k are active on average."""
         if config.architecture in TOPK_LIKE:
-            self.selection = (BatchTopK if config.architecture in BATCH_LIKE else TopK)(own, config.features)
+            kind = BatchTopK if config.architecture in BATCH_LIKE else TopK
+            self.selection = kind(own, config.features, torch.zeros(config.features))
 
     def coefficients(self, step: int) -> dict[str, float]:
         """Their penalty weights at a step: a linear rise from zero over each one's own warm-up."""

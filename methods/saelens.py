@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
 
-from ._activations import BatchTopK, StrengthCounts
+from ._calibration import StrengthCounts
 from ._saelens import BATCH_LIKE, ROW_NORMS, TOPK_LIKE, Layer, SaeLensConfig, training_sae
+from ._topk import BatchTopK
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
