@@ -150,6 +150,8 @@ def as_decomposer(coders: Sequence[Plain], target: TargetModel) -> Decomposer:
         own.b_enc.copy_(coder.b_enc)
         own.W_dec.copy_(coder.W_dec.flatten(1))
         made.output(site.slots[0].write).b_dec.copy_(coder.b_dec)
+        if coder.W_skip is not None:
+            own.W_skip.copy_(coder.W_skip)
         _set_activation(own.activation, coder)
     return made.eval()
 
@@ -195,6 +197,9 @@ def _set_activation(activation: Any, coder: Plain) -> None:
         activation.log_threshold.copy_(coder.threshold.clamp(min=torch.finfo(torch.float32).tiny).log())
     elif coder.activation == "batchtopk" and coder.threshold is not None:
         activation.table_threshold.fill_(float(coder.threshold[0]))
+    elif coder.activation == "gated" and coder.r_mag is not None:
+        activation.r_mag.copy_(coder.r_mag)
+        activation.b_mag.copy_(coder.b_mag)
 
 
 @torch.no_grad()
@@ -220,7 +225,7 @@ def uncalibrated(coders: Sequence[Plain]) -> bool:
 def as_plain(decomposer: Decomposer) -> list[Plain]:
     """A decomposition's coders; raises UserError for a method that has none."""
     if not hasattr(decomposer, "folded"):
-        raise UserError(f"{decomposer.name} has no encoder and decoder of activations, which is all that other tools' formats hold")
+        raise UserError(f"{decomposer.name} gives no encoder and decoder as plain weights, which is all that other tools' formats hold")
     return [_plain(decomposer, site) for site in decomposer.sites]
 
 
@@ -230,13 +235,13 @@ def _plain(decomposer: Any, site: Site) -> Plain:
     end: End = "in" if site.reads[0].endswith(".in") else "out"
     W_dec, b_dec = weights["W_dec"].unflatten(1, (places, width)), weights["b_dec"][:width]
     config, activation = decomposer.config, decomposer.coder(site).activation
-    rest: dict[str, Any] = {"k": config.k} if config.activation in ("topk", "batchtopk") else {}
-    if config.activation == "jumprelu":
+    kind = "batchtopk" if config.activation == "matryoshka" else config.activation  # what distinguishes it is its training
+    if kind not in get_args(Kind):
+        raise UserError(f"activation '{kind}' cannot be exported; retrain with one of {', '.join(get_args(Kind))}")
+    rest: dict[str, Any] = {key: weights[key] for key in ("r_mag", "b_mag", "W_skip") if key in weights}
+    rest |= {"k": config.k} if kind in ("topk", "batchtopk", "groupmax") else {}
+    if kind == "jumprelu":
         rest["threshold"] = activation.log_threshold.exp().cpu()
-    elif config.activation == "batchtopk":
+    elif kind == "batchtopk":
         rest["threshold"] = activation.threshold(config.k).clamp(min=0).cpu().expand(site.n).clone()
-    elif config.activation not in ("relu", "topk"):
-        raise UserError(f"activation '{config.activation}' cannot be exported; retrain with relu, topk, batchtopk or jumprelu")
-    if getattr(config, "skip", False):
-        rest["W_skip"] = weights["W_skip"]
-    return Plain(weights["W_enc"], weights["b_enc"], W_dec, b_dec, config.activation, place=Place(site.layer, end), **rest)
+    return Plain(weights["W_enc"], weights["b_enc"], W_dec, b_dec, kind, place=Place(site.layer, end), **rest)

@@ -132,9 +132,9 @@ def write(coders: Sequence[Plain], folder: Path, about: dict[str, Any]) -> list[
     for made in coders:
         if made.W_dec.shape[1] > 1:
             raise UserError("sae-lens has no cross-layer transcoder; export it to circuit-tracer")
-        if made.place.end == "in" and made.activation == "topk":
+        if made.place.end == "in" and made.activation not in ("relu", "jumprelu", "batchtopk"):
             raise UserError(
-                "sae-lens has no transcoder with topk, only with relu or thresholds; train it with batchtopk, or export it to sparsify"
+                f"sae-lens has no transcoder with {made.activation}, only with relu or thresholds; export it to sparsify, or retrain it"
             )
     return [_save(made, folder, about) for made in coders]
 

@@ -58,7 +58,8 @@ def outputs(coders, xs: list[Tensor]) -> list[Tensor]:
 def ours(name: str, on: TargetModel, layers=(0, 1, 2), n: int = N, seed: int = 0, **config):
     """One of our dictionaries with random weights, far from a trivial normalisation, and its thresholds set."""
     kind = method(name)
-    made = kind(parse(kind.Config, {"features": n, "k": K, **config}, name), on, tuple(layers), seed).eval()
+    k = 5 if config.get("activation") == "groupmax" else K
+    made = kind(parse(kind.Config, {"features": n, "k": k, **config}, name), on, tuple(layers), seed).eval()
     g = generator(seed + 100)
     with torch.no_grad():
         for key, value in made.state_dict().items():

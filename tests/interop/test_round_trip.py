@@ -13,13 +13,14 @@ from decomp_bench.registry import method
 from tests.interop.forward import K, activations, agree, ours, run, target
 
 ABOUT = {"run": "a-run", "model": "a-model", "made_by": "decomp-bench"}
-ACTIVATIONS = ["relu", "topk", "batchtopk", "jumprelu"]
+SIMPLE = ["relu", "batchtopk", "matryoshka", "jumprelu"]
+ACTIVATIONS = [*SIMPLE, "topk", "gated", "groupmax"]
 WRITTEN = {  # format -> method -> activations that it holds
-    "saelens": {"sae": ACTIVATIONS, "transcoder": ["relu", "batchtopk", "jumprelu"]},
-    "dictionary_learning": {"sae": ACTIVATIONS},
-    "sparsify": {"sae": ["topk"], "transcoder": ["topk"]},
-    "circuit-tracer": {"transcoder": ACTIVATIONS, "clt": ["relu", "batchtopk", "jumprelu"]},
-    "npz": {"sae": ["relu", "batchtopk", "jumprelu"], "transcoder": ["relu", "batchtopk", "jumprelu"]},
+    "saelens": {"sae": [*SIMPLE, "topk", "gated"], "transcoder": SIMPLE},
+    "dictionary_learning": {"sae": [*SIMPLE, "topk", "gated"]},
+    "sparsify": {"sae": ["topk", "groupmax"], "transcoder": ["topk", "groupmax"]},
+    "circuit-tracer": {"transcoder": [*SIMPLE, "topk"], "clt": SIMPLE},
+    "npz": {"sae": SIMPLE, "transcoder": SIMPLE},
 }
 
 
@@ -53,9 +54,34 @@ def test_plain_coders_are_the_decomposition(name, activation):
     on = target()
     before = ours(name, on, layers=(0, 2), activation=activation)
     after = as_decomposer(as_plain(before), on)
-    assert (after.name, after.layers, after.config.activation) == (name, (0, 2), activation)
+    assert (after.name, after.layers) == (name, (0, 2))
+    assert after.config.activation == ("batchtopk" if activation == "matryoshka" else activation)
     inputs = activations(on)
     for found, wanted in zip(run(after, inputs), run(before, inputs), strict=True):
+        agree(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "activation"), [("saelens", "relu"), ("saelens", "jumprelu"), ("sparsify", "topk"), ("circuit-tracer", "topk")]
+)
+def test_skip_connections_go_out_and_come_in(form, activation, tmp_path):
+    on, module = target(), FORMATS[form].load()
+    before = ours("transcoder", on, activation=activation, skip=True)
+    module.write(as_plain(before), tmp_path, ABOUT)
+    after = as_decomposer(module.read(str(tmp_path))[0], on)
+    assert after.config.skip
+    inputs = activations(on)
+    agree(run(after, inputs)[1], run(before, inputs)[1], 1e-6)
+    with pytest.raises(UserError, match="skip connection"):
+        FORMATS["npz"].load().write(as_plain(before), tmp_path / "npz", ABOUT)
+
+
+@pytest.mark.parametrize("decoder_rows", ["unit", "free"])
+def test_the_lengths_of_free_decoder_rows_are_folded_in(decoder_rows):
+    on = target()
+    before = ours("sae", on, activation="jumprelu", decoder_rows=decoder_rows)
+    inputs = activations(on)
+    for found, wanted in zip(run(as_decomposer(as_plain(before), on), inputs), run(before, inputs), strict=True):
         agree(found, wanted, 1e-6)
 
 
@@ -69,7 +95,7 @@ def test_the_kind_of_dictionary_follows_from_what_it_reads_and_writes():
 def test_methods_without_encoder_and_decoder_have_no_place_elsewhere(name, toy):
     on, _ = toy
     kind = method(name)
-    with pytest.raises(UserError, match=f"{name} has no encoder and decoder"):
+    with pytest.raises(UserError, match=f"{name} gives no encoder and decoder"):
         as_plain(kind(kind.Config(), on, (0,)))
 
 

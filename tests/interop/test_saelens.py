@@ -66,7 +66,7 @@ CASES = {
 
 def unsupported(coder) -> str:
     """What our methods lack for a coder, in the words of the refusal; empty where they have it."""
-    fields = method("sae").Config.model_fields
+    fields = method("transcoder" if coder.place.end == "in" else "sae").Config.model_fields
     if coder.activation not in get_args(fields["activation"].annotation):
         return f"activation '{coder.activation}' is not supported"
     return "skip connection is not supported" if coder.W_skip is not None and "skip" not in fields else ""
