@@ -82,7 +82,8 @@ def view_of(decomposer: Decomposer, condition: Condition) -> Decomposer:
 
 def columns(decomposer: Decomposer, condition: Condition) -> dict[str, Any]:
     """The condition as columns of the results schema."""
-    variant = ", ".join(filter(None, (decomposer.variant if decomposer.trainable else "", condition.choice.label))) or decomposer.variant
+    own = decomposer.label or decomposer.variant
+    variant = ", ".join(filter(None, (own if decomposer.trainable else "", condition.choice.label))) or own
     return {
         "protocol": condition.protocol,
         "gates": condition.gates,

@@ -48,12 +48,35 @@ class DataConfig(Config):
     """What text or toy distribution a run trains on and is scored on."""
 
     source: str | None = None
-    """None: the target's own data. Else a .txt, .jsonl or .parquet file, or a folder of them."""
+    """None: the target's own data. Else a .txt, .jsonl, .json, .parquet or .csv file (also .gz), a folder or a glob of them; or `hf:NAME`,
+    a data set of the Hugging Face hub (`hf:NAME@REVISION` pins it) or a local folder in one of its formats."""
     column: str = "text"
+    """Where a record's text is; a known hub data set has its own where this is `text`."""
     context: PositiveInt | None = None
-    """Tokens in a row, the first one the beginning-of-text token; None: what the target was trained with."""
+    """Tokens in a row; None: what the target was trained with."""
     seed: int = 0
     """Order of the data. Runs that share it see the same batches whatever their own seed."""
+    packing: Literal["none", "packed"] = "none"
+    """none: a row is a piece of one document, beginning-of-text first, padded. packed: documents follow each other, the end-of-text token
+    between them, and rows are cut from that without padding; attention goes across documents, as the published SimpleStories and Pile
+    models were trained."""
+    documents: PositiveInt | None = None
+    """At most this many documents: the first ones of local text and of each hub split that is read. None: all, 100,000 of a stream."""
+    lower: bool | None = None
+    """Lower-case the text. None: no, or as a known hub data set wants it."""
+    subset: str | None = None
+    """The configuration of a hub data set that has several."""
+    split: str = "train"
+    """The split of a hub data set that is trained on; validation and test are cut from it by a hash of each document where not given."""
+    validation_split: str | None = None
+    """A hub data set's own split for validation, such as `validation`."""
+    test_split: str | None = None
+    """A hub data set's own split for testing, such as `test`."""
+    streaming: bool | None = None
+    """Read a hub data set without downloading the whole, shuffled by a buffer with the data seed. None: for known data sets, which are
+    large."""
+    tokenised: bool | None = None
+    """The column holds token ids (`input_ids` unless named), which are cut to the row length. None: as known, else text."""
 
 
 class EvalConfig(Config):
@@ -100,6 +123,8 @@ class RunConfig(Config):
     seed: int = 0
     method_config: dict[str, Any] = Field(default_factory=dict)
     """Validated against the method's own Config when the run is resolved."""
+    imported: str | None = None
+    """Hash of the files of another tool that the weights come from; None for a run that is trained here."""
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()

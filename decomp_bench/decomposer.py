@@ -170,6 +170,10 @@ class Decomposer(nn.Module):
     """What to cite."""
 
     sites: list[Site]
+    origin: str
+    """The tool that trained it, empty where that was this one."""
+    label: str
+    """What tells it from others of its family where `variant` does not, as for imported weights whose training is not known."""
 
     def __init__(self, config: MethodConfig, target: TargetModel, layers: tuple[int, ...], seed: int = 0) -> None:
         super().__init__()
@@ -177,6 +181,7 @@ class Decomposer(nn.Module):
         self.layers = tuple(layers)
         self.seed = seed
         self.choice = Choice()
+        self.origin = self.label = ""
         self.sites = []
         self.bind(target)
         self.build(torch.Generator().manual_seed(seed))
@@ -261,6 +266,10 @@ class Decomposer(nn.Module):
     def after_step(self, progress: float) -> None:
         """Runs after each optimiser step (decoder norms, persistent adversaries)."""
 
+    def restarted(self) -> list[tuple[nn.Parameter, Int[Tensor, " rows"]]]:
+        """Asked for after `after_step`: rows of parameters that it set anew, whose optimiser moments then start anew too."""
+        return []
+
     def finish(self, data: Iterator[Batch]) -> None:
         """Runs once after the last step, with training batches at hand (threshold calibration)."""
 
@@ -322,6 +331,7 @@ class Decomposer(nn.Module):
             "target": self.target.uri,
             "target_hash": self.target.identity,
         }
+        about |= {"origin": self.origin, "label": self.label} if self.origin else {}
         write_json(about, folder / "decomposer.json")
 
     @staticmethod
@@ -336,6 +346,7 @@ class Decomposer(nn.Module):
                 f"{folder} decomposes {about['target']} with weights {about['target_hash']}, not {target.uri} ({target.identity})"
             )
         made = kind(parse(kind.Config, about["config"], str(folder)), target, tuple(about["layers"]), about["seed"])
+        made.origin, made.label = about.get("origin", ""), about.get("label", "")
         try:
             made.load_state_dict(weights)
         except RuntimeError:

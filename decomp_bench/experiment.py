@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from decomp_bench.config import Config, DataConfig, EvalConfig, RunConfig, TrainConfig, merge, parse, parse_set, read_yaml
 from decomp_bench.errors import UserError
@@ -48,9 +48,19 @@ class ExperimentConfig(Config):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
-    runs: tuple[RunSpec, ...]
+    runs: tuple[RunSpec, ...] = ()
+    script: str | None = None
+    """File beside config.yaml whose `main(settings, folder)` is the experiment, instead of runs."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What a script is given; presets change it."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`)."""
+    """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`, `settings`)."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> ExperimentConfig:
+        if bool(self.runs) == bool(self.script):
+            raise ValueError("give either runs or a script")
+        return self
 
 
 @dataclass(frozen=True)

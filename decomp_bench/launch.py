@@ -62,6 +62,7 @@ def execute(
             with ExitStack() as stack:
                 claims = [_claim(one, existing, mode, stack) for one in resolved]
                 _work(claims, target, source, experiment, tell, mode)
+                _publish(claims)
                 runs += [claim.run for claim in claims]
     return runs
 
@@ -90,6 +91,8 @@ def _claim(resolved: ResolvedRun, existing: Existing, mode: Mode, stack: ExitSta
         return Claim(resolved, run, "skip", note="another process works on it")
     stack.callback(lock.release)
     donor = None if run.path.exists() or existing == "overwrite" else find_trained(resolved.training_key)
+    if resolved.config.imported and (existing == "overwrite" or not (run.trained or donor)):
+        raise UserError(f"run {run.id} is an imported one and is never trained; import its files again: decomp-bench import")
     if mode == "evaluate" and not (run.trained or donor):
         raise UserError(f"nothing trained fits {run.id} (its method or data has changed since, or it is unfinished): train it again")
     if run.path.exists() and existing == "error":
@@ -122,6 +125,8 @@ def _adopt(run: Run, donor: Run) -> str:
             shutil.copy(source, copy)
     made = donor.manifest
     run.update(trained_in={"run": donor.id, "git": made.get("git")}, steps=made.get("steps"), cost=made.get("cost", {}))
+    if "imported" in made:
+        run.update(imported=made["imported"])
     run.log(f"weights taken from {donor.id}, which was trained alike")
     return "evaluate"
 
@@ -146,6 +151,17 @@ def _work(claims: list[Claim], target: Any, source: Any, experiment: str, tell: 
                 claim.run.update(status="interrupted")
                 claim.run.log(f"interrupted ({type(error).__name__})")
         raise
+
+
+def _publish(claims: list[Claim]) -> None:
+    """Log what was finished here with Weights & Biases, where that is asked for."""
+    from decomp_bench.tracking import publish
+
+    for claim in claims:
+        config = claim.resolved.config
+        if claim.action != "skip" and config.train.wandb != "off" and claim.run.manifest["status"] == "done":
+            publish(claim.run.path, claim.run.id, config.model_dump(mode="json"), config.train.wandb)
+            claim.run.log(f"logged with Weights & Biases ({config.train.wandb})")
 
 
 def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume: bool) -> None:

@@ -8,6 +8,7 @@ The first position of a language model's row is never replaced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -79,25 +80,28 @@ def replaced(
     gates: Literal["self", "clean"] | Codes = "self",
     edit: Edit | None = None,
     keep_error: bool = False,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    first: int | None = None,
 ) -> Replaced:
     """Run the target with the decomposition in place of these layers.
 
     `gates`: `self` computes gates from the stream of this pass, `clean` from the clean pass, and codes given are used as they are.
     `edit(site, codes)` runs once for each site in execution order. With `keep_error` a place gives f(x) + decode(edited) -
     decode(unedited), so that an edit is measured without the reconstruction error. Gradients flow unless the caller forbids it.
+    `forward` runs the model in another way (with a key-value cache, say) and `first` says how many leading positions are kept there.
     """
     target = decomposer.target
     if not layers:
         assert batch.x is not None
-        return Replaced(target(batch.x))
+        return Replaced((forward or target)(batch.x))
     if protocol == "single" and len(layers) != 1:
         raise ValueError("protocol 'single' replaces one layer at a time")
     given = clean_codes(decomposer, batch) if gates == "clean" else gates if isinstance(gates, dict) else None
-    run = _Pass(decomposer, batch, layers, protocol, given, edit, keep_error)
+    run = _Pass(decomposer, batch, layers, protocol, given, edit, keep_error, first)
     modules = run.modules()
     assert batch.x is not None
     with target.swapped(modules) if modules else nullcontext():
-        logits = target(batch.x)
+        logits = (forward or target)(batch.x)
     return Replaced(logits, run.codes, run.outputs)
 
 
@@ -113,10 +117,11 @@ class _Pass:
         gates: Codes | None,
         edit: Edit | None,
         keep_error: bool,
+        first: int | None,
     ) -> None:
         self.decomposer, self.batch, self.layers, self.protocol = decomposer, batch, set(layers), protocol
         self.given, self.edit, self.keep_error = gates, edit, keep_error
-        self.first = 1 if decomposer.target.keeps_first else 0
+        self.first = int(decomposer.target.keeps_first) if first is None else first
         self.inputs = Reads(real=_real(batch))
         self.codes: Codes = {}
         self.unedited: Codes = {}
@@ -146,7 +151,7 @@ class _Pass:
             made[target.path(point)] = _Map(self, point, target.part(point))
         if self.protocol == "single":
             made |= _skipped_prefix(target, self.batch, min(self.layers))
-        return _inner_first(made)
+        return made
 
     def read(self, point: Point, x: Tensor) -> None:
         """Take note of what is read at a point at all positions, and encode the sites that this completes, each once, with its edit."""
@@ -171,38 +176,50 @@ class _Pass:
         value = self.decomposer.decode(self.codes, point, self.inputs)
         if self.keep_error:
             assert original is not None
-            value = original + value - self.decomposer.decode(self.unedited, point, self.inputs)
+            value = original + (value - self.decomposer.decode(self.unedited, point, self.inputs))  # exactly the original without an edit
         return value
 
 
 def _skipped_prefix(target: TargetModel, batch: Batch, start: int) -> dict[str, nn.Module]:
     """Stand-ins for the blocks before the first replaced one, where the clean residual stream after them is known."""
     resid = batch.clean.get(f"{start}.resid")
-    return {} if resid is None else {target.path(str(layer)): _Skip(resid) for layer in range(start)}
+    if resid is None or not start:
+        return {}
+    output = (resid, None) if target.block_gives_tuple else resid
+    return {target.path(str(layer)): _Skip(output, target.part(str(layer))) for layer in range(start)}
 
 
-def _inner_first(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Deepest paths first, so that a map is swapped inside the original unit before the unit itself is wrapped."""
-    return dict(sorted(modules.items(), key=lambda item: -item[0].count(".")))
+class _StandIn(nn.Module):
+    """Stands for a module of the target, and has its attributes (a model may read a block's attention type)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
 
 
-class _Skip(nn.Module):
+class _Skip(_StandIn):
     """Stands for a block before the replaced layer: the residual stream after it is known."""
 
-    def __init__(self, resid: Tensor) -> None:
-        super().__init__()
-        self.resid = resid
+    def __init__(self, output: Tensor | tuple, original: nn.Module) -> None:
+        super().__init__(original)
+        self.output = output
 
-    def forward(self, *_args, **_kwargs) -> Tensor:
-        return self.resid
+    def forward(self, *_args, **_kwargs) -> Tensor | tuple:
+        return self.output
 
 
-class _Unit(nn.Module):
+class _Unit(_StandIn):
     """Stands for an MLP or attention module: observes what it reads, and replaces what it writes where asked."""
 
     def __init__(self, run: _Pass, unit: str, original: nn.Module) -> None:
-        super().__init__()
-        self.run, self.unit, self.original = run, unit, original
+        super().__init__(original)
+        self.run, self.unit = run, unit
         self.replaces_output = f"{unit}.out" in run.writes
         self.sees_output = any(f"{unit}.out" in site.reads for site in run.sites)
 
@@ -238,27 +255,29 @@ class _Unit(nn.Module):
         return output
 
 
-class _Map(nn.Module):
+class _Map(_StandIn):
     """Stands for a linear map whose components are decomposed."""
 
     def __init__(self, run: _Pass, point: Point, original: nn.Module) -> None:
-        super().__init__()
-        self.run, self.point, self.original = run, point, original
+        super().__init__(original)
+        self.run, self.point = run, point
 
     def forward(self, x: Tensor) -> Tensor:
         run, first = self.run, self.run.first
         run.read(self.point, x)
         original = self.original(x) if run.keep_error else None
         value = run.write(self.point, original[:, first:] if original is not None and first else original)
-        return torch.cat([self.original(x[:, :1]), value], 1) if first else value
+        if not first:
+            return value
+        return torch.cat([original[:, :1] if original is not None else self.original(x[:, :1]), value], 1)
 
 
-class _Constant(nn.Module):
+class _Constant(_StandIn):
     """Stands for an MLP whose output is a constant; the kept first position is the target's own."""
 
     def __init__(self, value: Tensor, original: nn.Module, first: int) -> None:
-        super().__init__()
-        self.value, self.original, self.first = value, original, first
+        super().__init__(original)
+        self.value, self.first = value, first
 
     def forward(self, x: Tensor) -> Tensor:
         filled = self.value.expand(*x.shape[:-1], -1)

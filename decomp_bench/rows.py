@@ -44,7 +44,7 @@ def describe(decomposer: Decomposer, source: Source, config: EvalConfig, token_h
         "method": decomposer.name,
         "kind": decomposer.kind,
         "trainable": decomposer.trainable,
-        "family": decomposer.family,
+        "family": decomposer.family + (f" ({decomposer.origin})" if decomposer.origin else ""),
         "target": source.target.uri,
         "target_hash": source.target.identity,
         "dataset": source.name,

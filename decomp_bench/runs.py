@@ -32,6 +32,10 @@ Existing = Literal["resume", "skip", "overwrite", "error"]
 EXISTING: tuple[Existing, ...] = ("resume", "skip", "overwrite", "error")
 EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb"), "eval": ("batch",)}
 """Config keys that change nothing about a run's result and stay out of its id."""
+ADDED_LATER = {
+    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised"),
+}
+"""Config keys that are younger than the first runs: at their defaults they stay out of the id, so that it is what it was."""
 ARTIFACTS = ("config.yaml", "checkpoint", "checkpoint_two_thirds", "results.parquet", "documents.parquet")
 
 
@@ -108,9 +112,16 @@ def resolve(config: RunConfig, target: TargetModel, source: Any, where: str = "c
 def _hashed(config: RunConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     del data["target"], data["data"]["source"]
+    if config.imported is None:  # ids of trained runs are those from before there were imports
+        del data["imported"]
     for section, keys in EXECUTION_ONLY.items():
         for key in keys:
             del data[section][key]
+    for section, keys in ADDED_LATER.items():
+        defaults = type(getattr(config, section))().model_dump(mode="json")
+        for key in keys:
+            if data[section][key] == defaults[key]:
+                del data[section][key]
     return data
 
 
@@ -275,7 +286,9 @@ def create(resolved: ResolvedRun) -> Run:
 
 
 def _absolute(data: DataConfig) -> DataConfig:
-    return data if data.source is None else data.model_copy(update={"source": str(Path(data.source).expanduser().resolve())})
+    from decomp_bench.data.local import absolute
+
+    return data if data.source is None else data.model_copy(update={"source": absolute(data.source)})
 
 
 def _absolute_uri(uri: str) -> str:
@@ -286,12 +299,18 @@ def _absolute_uri(uri: str) -> str:
 def all_runs() -> list[Run]:
     """Every run folder, newest last."""
     folder = runs_folder()
-    found = [path for path in folder.iterdir() if (path / "manifest.json").is_file()] if folder.is_dir() else []
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []  # hidden: half made
+    found = [path for path in entries if (path / "manifest.json").is_file()]
     return [Run(path) for path in sorted(found, key=lambda path: ((path / "config.yaml").stat().st_mtime, path.name))]
 
 
 def find(prefix: str) -> Run:
-    """The run whose id starts with a prefix, or the one in a folder; raises UserError where there is none or more than one."""
+    """The run whose id starts with a prefix, the one in a folder, or the published one of `wandb:entity/project/run`, which is fetched.
+
+    Raises UserError where there is none or more than one.
+    """
+    if prefix.startswith("wandb:"):
+        return fetch(prefix)
     if (Path(prefix) / "manifest.json").is_file():
         return Run(Path(prefix).resolve())
     runs = all_runs()
@@ -303,6 +322,47 @@ def find(prefix: str) -> Run:
         hint = f"runs there: {', '.join(run.id for run in runs[-5:])}" if runs else "there are none yet: decomp-bench train METHOD"
         raise UserError(f"no run '{prefix}' in {runs_folder()}; {hint}")
     raise UserError(f"'{prefix}' fits {len(found)} runs, give more of the id: {', '.join(run.id for run in found[:6])}")
+
+
+def fetch(uri: str) -> Run:
+    """The run `wandb:entity/project/run` in the runs folder: the one that is there already, or what was logged of it, checked and whole.
+
+    Raises UserError where it cannot be fetched, or where what was fetched is no run of that name.
+    """
+    from decomp_bench.remote import wandb_artifact, wandb_name
+    from decomp_bench.tracking import ARTIFACT, LOGGED
+
+    final = runs_folder() / wandb_name(uri, "the run")["run"]
+    if Run(final).trained:
+        return Run(final)
+    if final.exists():
+        raise UserError(f"{final} is in the way: an unfinished run of the same name; delete it: decomp-bench runs rm {final.name}")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        wandb_artifact(uri, ARTIFACT, [*LOGGED, "checkpoint/*"], temporary, "the run")
+        _check_fetched(Run(temporary), final.name)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Run(final)
+
+
+def _check_fetched(run: Run, name: str) -> None:
+    from decomp_bench.provenance import artifact_hashes
+
+    wrong = f"what was logged as {name} is no run of decomp-bench"
+    try:
+        manifest, _ = run.manifest, run.config
+    except UserError as error:
+        raise UserError(f"{wrong}: {str(error).replace(str(run.path), 'it').partition(';')[0]}") from None
+    if not isinstance(manifest, dict) or manifest.get("id") != name:
+        raise UserError(f"{wrong}: its manifest names another run")
+    if not run.trained:
+        raise UserError(f"{wrong}: it has no checkpoint")
+    kept = {key: value for key, value in manifest.get("artifacts", {}).items() if (run.path / key).is_file()}
+    if kept != {key: value for key, value in artifact_hashes(run.path, ARTIFACTS).items() if key in kept}:
+        raise UserError(f"{wrong}: its files are not those that its manifest lists; fetch it again or ask who logged it")
 
 
 def find_trained(training_key: str) -> Run | None:

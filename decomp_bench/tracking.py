@@ -1,4 +1,4 @@
-"""Training curves: metrics.jsonl always, Weights & Biases where it is asked for. Imports no torch."""
+"""Training curves and finished runs: metrics.jsonl always, Weights & Biases where it is asked for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from decomp_bench.errors import UserError
+
+ARTIFACT = "decomp-bench-run"
+"""Type of the artifact that a finished run is logged as."""
+LOGGED = ("config.yaml", "manifest.json", "results.parquet", "documents.parquet", "checkpoint")
+"""What is in it, as far as the run has it."""
+LARGEST_DOCUMENTS = 50 * 2**20
+"""Bytes above which the per-document sums stay behind."""
 
 
 class Tracker:
@@ -33,6 +40,30 @@ class Tracker:
             self.wandb.summary.update(summary or {})
             self.wandb.finish()
             self.wandb = None
+
+
+def publish(folder: Path, run_id: str, config: dict[str, Any], mode: str) -> None:
+    """Log a finished run's files as an artifact of its Weights & Biases run; raises UserError where that fails."""
+    session = _start_wandb(folder, run_id, config, mode)
+    try:
+        import wandb
+
+        artifact = wandb.Artifact(run_id, type=ARTIFACT)
+        for name in LOGGED:
+            path = folder / name
+            if path.is_dir():
+                artifact.add_dir(str(path), name=name)
+            elif path.is_file() and (name != "documents.parquet" or path.stat().st_size <= LARGEST_DOCUMENTS):
+                artifact.add_file(str(path), name=name)
+        logged = session.log_artifact(artifact)
+        if mode == "online":
+            logged.wait()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        again = f"once more: decomp-bench eval {run_id}"
+        raise UserError(f"run {run_id} is done, but Weights & Biases did not take it ({reason}); {again}") from None
+    finally:
+        session.finish()
 
 
 def rewind(path: Path, step: int) -> None:

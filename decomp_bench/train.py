@@ -85,7 +85,7 @@ def train(
     torch.set_num_threads(config.threads)
     device = source.target.device
     streams = _Streams(source, [job.decomposer for job in jobs])
-    runs = [_Run(job, streams, config, device) for job in jobs]
+    runs = [Training(job, streams, config, device) for job in jobs]
     for run in runs:
         run.start(resume)
     with _stop_requested() as stop:
@@ -93,7 +93,7 @@ def train(
     return [run.outcome for run in runs]
 
 
-def _loop(runs: list[_Run], streams: _Streams, config: TrainConfig, progress: Callable | None, stop: threading.Event) -> None:
+def _loop(runs: list[Training], streams: _Streams, config: TrainConfig, progress: Callable | None, stop: threading.Event) -> None:
     active = [run for run in runs if run.unfinished]
     began, first = time.perf_counter(), sum(run.step for run in active)
     while active:
@@ -110,7 +110,7 @@ def _loop(runs: list[_Run], streams: _Streams, config: TrainConfig, progress: Ca
         active = [run for run in active if run.unfinished]
 
 
-def _progress(active: list[_Run], seconds: float, first: int) -> dict[str, Any]:
+def _progress(active: list[Training], seconds: float, first: int) -> dict[str, Any]:
     done = sum(run.step for run in active)
     left = sum(run.config.steps - run.step for run in active)
     rate = (done - first) / max(seconds, 1e-9)
@@ -155,8 +155,8 @@ class _Streams:
         return self._last[key][1]
 
 
-class _Run:
-    """One decomposer's optimiser, step count and state on disk."""
+class Training:
+    """One decomposer in training: its optimiser, step count and state on disk."""
 
     def __init__(self, job: Job, streams: _Streams, config: TrainConfig, device: torch.device) -> None:
         self.job, self.streams, self.train_config = job, streams, config
@@ -223,6 +223,10 @@ class _Run:
                 torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
         self.optimiser.step()
         self.decomposer.after_step(progress)
+        for parameter, rows in self.decomposer.restarted():
+            for moment in self.optimiser.state[parameter].values():
+                if moment.shape == parameter.shape:
+                    moment[rows] = 0
         self._pending.append({"loss": total.detach(), **{k: v.detach() for k, v in terms.items()}})
 
     def _log(self) -> None:

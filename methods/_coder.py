@@ -1,58 +1,28 @@
-"""A sparse coder's parts: its config, fixed normalisation of what is read and written, and one site's encoder and decoder."""
+"""A sparse coder's parts: fixed normalisation of what is read and written, and one site's encoder and decoder."""
 
 from __future__ import annotations
-
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from decomp_bench.config import MethodConfig
+from ._activations import Activation, Code, ReLU
+from ._dictionary_config import DictionaryConfig
+from ._gated import Gated
+from ._jumprelu import JumpReLU
+from ._sparse import Support, encode_at
+from ._topk import BatchTopK, GroupMax, Matryoshka, TopK
 
-from ._activations import ACTIVATIONS, Code
-from ._sparse import encode_at
-
-
-class DictionaryConfig(MethodConfig):
-    """Config of every method that trains a sparse coder. Strengths, thresholds and penalties are in normalised coordinates."""
-
-    lr: Annotated[float, Field(gt=0)] = 3e-2
-    """Peak learning rate of Adam. Short runs want it high: a third of it leaves a third more of the variance unexplained."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's moments; the second is short because a component sees few tokens of a batch."""
-    features: PositiveInt = 512
-    """Components of each site."""
-    activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "batchtopk"
-    k: PositiveInt = 16
-    """Active components of a row: exactly (topk) or on average (batchtopk)."""
-    l1: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the L1 penalty (relu)."""
-    l0: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the L0 penalty (jumprelu)."""
-    penalty_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of training over which l1 and l0 rise from zero."""
-    bandwidth: PositiveFloat = 0.5
-    """Width of the kernel through which thresholds learn (jumprelu)."""
-    threshold_init: PositiveFloat = 0.5
-    """Thresholds at the start (jumprelu)."""
-    aux: Annotated[float, Field(ge=0)] = 1 / 32
-    """Weight of the loss that revives dead components: they predict the detached residual (Gao et al. 2024)."""
-    aux_k: PositiveInt | None = None
-    """Dead components that a row may use for it; None: half the input width."""
-    dead_after: PositiveInt = 20_000
-    """Tokens without firing after which a component counts as dead."""
-    calibration: PositiveInt = 16_384
-    """Rows on which normalisation is measured before training, and thresholds are calibrated after it."""
-
-    @model_validator(mode="after")
-    def _enough_features(self) -> DictionaryConfig:
-        if self.activation in ("topk", "batchtopk") and self.k > self.features:
-            raise ValueError(f"k={self.k} exceeds features={self.features}")
-        return self
-
+ACTIVATIONS: dict[str, type[Activation]] = {
+    "relu": ReLU,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "matryoshka": Matryoshka,
+    "groupmax": GroupMax,
+}
 
 ENCODER_SCALE = 0.25
 """Length of an untied encoder row at the start: random codes say nothing about y, so they start small."""
@@ -100,44 +70,77 @@ class Output(Normaliser):
 
 
 class SparseCoder(nn.Module):
-    """One site's encoder, activation and decoder: W_enc [n, d_in], b_enc [n], W_dec [n, widths of all places written to, joined]."""
+    """One site's encoder, activation and decoder: W_enc [n, d_in], b_enc [n], W_dec [n, widths of all places written to, joined].
+
+    With free decoder rows, pre-activations are multiplied by the rows' lengths and the rows count as divided by them: what `pre`
+    and `decoder` give then equals an encoder and decoder with unit rows. `W_skip` [d_out, d_in] leads from what is read to the first
+    place that is written to, always on; None: there is none.
+    """
 
     idle: Tensor
     dead: Tensor
 
-    def __init__(self, config: DictionaryConfig, width: int, out: int, tied: bool, generator: torch.Generator) -> None:
+    def __init__(
+        self, config: DictionaryConfig, width: int, out: int, tied: bool, generator: torch.Generator, skip: int | None = None
+    ) -> None:
         super().__init__()
         n = config.features
         self.normalise = Normaliser(width)
         decoder = unit_rows(n, out, generator)
         encoder = decoder.clone() if tied else ENCODER_SCALE * unit_rows(n, width, generator)
         self.W_enc, self.b_enc, self.W_dec = nn.Parameter(encoder), nn.Parameter(torch.zeros(n)), nn.Parameter(decoder)
-        self.activation = ACTIVATIONS[config.activation](config, n)
+        self.W_skip = nn.Parameter(torch.zeros(skip, width)) if skip else None
+        self.free = config.decoder_rows == "free"
+        self.activation = ACTIVATIONS[config.activation](config, n, self.b_enc)
         self.register_buffer("idle", torch.zeros(n, dtype=torch.long), persistent=False)  # tokens since a component last fired
         self.register_buffer("dead", torch.zeros(n, dtype=torch.bool), persistent=False)
         self._dead_ids: Tensor | None = None
 
+    @property
+    def lengths(self) -> Float[Tensor, " n"]:
+        """Lengths of the decoder's rows, over all places written to together."""
+        return self.W_dec.norm(dim=1).clamp(min=1e-12)
+
+    def decoder(self) -> Float[Tensor, "n d"]:
+        """What a strength is multiplied by."""
+        return self.W_dec / self.lengths[:, None] if self.free else self.W_dec
+
+    def raw(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows n"]:
+        """x W_enc^T + b_enc, as selections need it."""
+        return F.linear(x, self.W_enc, self.b_enc).float()
+
     def pre(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows n"]:
         """Pre-activations of normalised inputs."""
-        return F.linear(x, self.W_enc, self.b_enc)
+        pre = F.linear(x, self.W_enc, self.b_enc)
+        return pre * self.lengths if self.free else pre
 
-    def code(self, x: Float[Tensor, "rows d"]) -> Code:
-        """Codes of normalised inputs as training computes them."""
+    def codes(self, x: Float[Tensor, "rows d"], *counts: int | None) -> list[Code]:
+        """Codes of normalised inputs as training computes them, for each number of active components (None: the activation's own)."""
         with torch.no_grad():
-            pre = self.pre(x).float()
-            support = self.activation.support(pre)
+            raw = self.raw(x)
+            pre = raw * self.lengths if self.free else raw
+            supports = [self.activation.support(pre, k) for k in counts]
+        return [self.code_at(x, raw, support) for support in supports]
+
+    def code_at(self, x: Float[Tensor, "rows d"], raw: Float[Tensor, "rows n"], support: Support | None) -> Code:
+        """Codes at a support, given what `raw` gives."""
         if support is None:
             pre = self.pre(x)
             return Code(pre, self.activation.value(pre), None)
-        entries = encode_at(x, self.W_enc, self.b_enc, pre, support)
+        entries = encode_at(x, self.W_enc, self.b_enc, raw, support)
+        if self.free:
+            entries = entries * self.lengths.index_select(0, support.col)
         return Code(entries, self.activation.value(entries, support.col), support)
 
     @torch.no_grad()
-    def watch(self, code: Code) -> Tensor:
-        """Count the step for the dead-component counters and running thresholds; returns the mean number of active components."""
+    def watch(self, code: Code, seen: Float[Tensor, "*shape"]) -> Tensor:
+        """Count the step for the dead-component counters; returns the mean number of active components.
+
+        Running thresholds are told the values `seen`: the code's own, or those of all layers that share a threshold.
+        """
         fired = code.fired()
         self.idle.add_(code.rows).mul_(fired == 0)
-        self.activation.observe(code.value)
+        self.activation.observe(seen)
         return fired.sum() / code.rows
 
     def find_dead(self, after: int) -> None:
@@ -156,6 +159,11 @@ class SparseCoder(nn.Module):
             self._dead_ids = self.dead.nonzero().squeeze(1)
         return self._dead_ids
 
+    def pre_of(self, x: Float[Tensor, "rows d"], ids: Int[Tensor, " some"]) -> Float[Tensor, "rows some"]:
+        """Pre-activations of some components."""
+        pre = F.linear(x, self.W_enc[ids], self.b_enc[ids]).float()
+        return pre * self.lengths[ids] if self.free else pre
+
     def revival(self, x: Float[Tensor, "rows d"], residual: Float[Tensor, "rows out"], k: int) -> Tensor:
         """Error of the dead components' prediction of the residual, relative to the residual.
 
@@ -163,14 +171,32 @@ class SparseCoder(nn.Module):
         where a ReLU would let no gradient through. Scaled down where fewer than k are dead.
         """
         ids = self.dead_ids
-        pre = F.linear(x, self.W_enc[ids], self.b_enc[ids]).float()
+        pre = self.pre_of(x, ids)
         if len(ids) > k:
             best, index = pre.topk(k, dim=1, sorted=False)
             pre = torch.zeros_like(pre).scatter(1, index, best)
-        error = (pre @ self.W_dec[ids] - residual).square().sum()
+        error = (pre @ self.decoder()[ids] - residual).square().sum()
         return min(1.0, len(ids) / k) * error / residual.square().sum().clamp(min=1e-20)
 
     @torch.no_grad()
     def to_unit_rows(self) -> None:
         """Give decoder rows unit length, over all places written to together."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    @torch.no_grad()
+    def restart(self, ids: Int[Tensor, " dead"], x: Float[Tensor, "dead d"], y: Float[Tensor, "dead out"]) -> list[nn.Parameter]:
+        """Start some components again: they read along x and write along y. Returns the parameters in whose rows that was done.
+
+        Encoder rows get a fifth of the mean length of the others', biases zero (Bricken et al. 2023).
+        """
+        others = ~self.dead if bool((~self.dead).any()) else torch.ones_like(self.dead)
+        self.W_enc[ids] = F.normalize(x, dim=1) * (0.2 * self.W_enc[others].norm(dim=1).mean())
+        self.b_enc[ids] = 0.0
+        changed = [self.W_enc, self.b_enc, *self.activation.restart(ids)]
+        if self.W_dec.requires_grad:
+            self.W_dec[ids] = F.normalize(y, dim=1)
+            changed.append(self.W_dec)
+        self.idle[ids] = 0
+        self.dead[ids] = False
+        self.forget_dead_ids()
+        return changed

@@ -1,14 +1,9 @@
-"""The sparse coder that SAE, transcoder, CLT and random directions share.
-
-A site's coder computes codes = activation(W_enc x + b_enc) and adds codes W_dec to each place that it writes to; a place adds up
-its coders and its own bias. Both sides work in normalised coordinates: inputs are centred and scaled by fixed numbers measured
-before training, so that E|x|^2 is the width, and so are outputs. Learning rate, thresholds and penalties then mean the same on
-every target. Decoder rows have unit length in these coordinates, over all places that a feature writes to together.
-"""
+"""How SAE, transcoder, CLT and random directions are trained: the loss, dead components, calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -16,145 +11,164 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
+from decomp_bench.decomposer import Batch, Point, Site
 
-from ._activations import ACTIVATIONS, Code, StrengthCounts
-from ._coder import DictionaryConfig, Output, SparseCoder
+from ._activations import Code
+from ._calibration import StrengthCounts
+from ._coders import Coders
+from ._dictionary_config import PAPER, SELECTING
+from ._jumprelu import JumpReLU
+
+Terms = dict[str, Tensor]
 
 
-class Dictionary(Decomposer):
-    """A sparse coder for each layer. Subclasses say what a layer's coder reads (`read`) and which places it writes to (`writes`)."""
+class Dictionary(Coders):
+    """A sparse coder for each layer, trained to reconstruct what its layer writes."""
 
-    Config = DictionaryConfig
-    config: DictionaryConfig  # type: ignore[assignment]
-    swept = ("k", "threshold")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"features": 128, "k": 8, "steps": 60, "batch": 256, "calibration": 4096},
         "laptop": {},
-        "paper": {
-            "features": 4096,
-            "steps": 120_000,
-            "batch": 4096,
-            "lr": 3e-4,
-            "betas": (0.9, 0.999),
-            "warmup": 1000,
-            "dead_after": 10_000_000,
-            "calibration": 131_072,
-        },
+        "paper": PAPER,
     }
-    tied: ClassVar[bool] = False
-    """Whether encoders start as the decoders' transpose."""
     LOOK_EVERY: ClassVar[int] = 10
     """Steps between looks at the dead-component counters; each look waits for the device."""
 
-    def read(self, layer: int) -> Point:
-        """What a layer's coder reads."""
-        raise NotImplementedError
-
-    def writes(self, layer: int) -> list[Point]:
-        """Where a layer's coder writes to."""
-        raise NotImplementedError
-
     def build(self, generator: torch.Generator) -> None:
-        config, size = self.config, self.target.size
-        self.swept = ACTIVATIONS[config.activation].sweeps  # type: ignore[misc]
-        self.coders, self.outputs = nn.ModuleDict(), nn.ModuleDict()
-        for layer in self.layers:
-            read, writes = self.read(layer), self.writes(layer)
-            slots = tuple(Slot(read, write) for write in writes)
-            self.sites.append(Site(str(layer), layer, (read,), slots, config.features))
-            own = torch.Generator().manual_seed(generator.initial_seed() * 100_003 + layer)  # whatever layers are trained beside it
-            self.coders[str(layer)] = SparseCoder(config, size(read), sum(map(size, writes)), self.tied, own)
-            for write in writes:
-                if self._key(write) not in self.outputs:
-                    self.outputs[self._key(write)] = Output(size(write))
+        super().build(generator)
         self._losses = 0
+        self._restarts: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
+        self._restarted: list[tuple[nn.Parameter, Tensor]] = []
         self._statistics: dict[str, Tensor] = {}
 
-    @staticmethod
-    def _key(write: Point) -> str:
-        return str(layer_of(write))
-
-    def coder(self, site: Site) -> SparseCoder:
-        """The coder of a site."""
-        return self.coders[site.name]  # type: ignore[return-value]
-
-    def output(self, write: Point) -> Output:
-        """The bias and normaliser of a place that is written to."""
-        return self.outputs[self._key(write)]  # type: ignore[return-value]
-
-    def _parts(self, site: Site) -> Iterator[tuple[Slot, slice]]:
-        """Each slot of a site with its columns of W_dec."""
-        start = 0
-        for slot in site.slots:
-            width = self.target.size(slot.write)
-            yield slot, slice(start, start + width)
-            start += width
-
-    def encode(self, inputs: Inputs, gates: Codes | None = None) -> Codes:
-        codes: Codes = {}
-        for site in self.sites:
-            read = site.reads[0]
-            if read not in inputs or (gates is not None and site.name not in gates):
-                continue
-            coder = self.coder(site)
-            pre = coder.pre(coder.normalise(inputs[read]))
-            if gates is not None:
-                gate = gates[site.name].gate
-            elif self.training and self.choice == Choice():
-                gate = coder.activation.training_gate(pre)
-            else:
-                gate = coder.activation.gate(pre, self.choice)
-            codes[site.name] = SiteCodes(coder.activation.strength(pre), gate)
-        return codes
-
-    def decode(self, codes: Codes, write: Point, inputs: Inputs) -> Float[Tensor, "*rows d"]:
-        total: Tensor | None = None
-        for site in self.sites:
-            for slot, part in self._parts(site):
-                if slot.write == write:
-                    term = codes[site.name].value @ self.coder(site).W_dec[:, part]
-                    total = term if total is None else total + term
-        assert total is not None, f"nothing writes to {write}"
-        return self.output(write).restore(total)
-
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """`recon`: squared error over the variance of y, summed over layers; `sparsity`: the activation's penalty; `aux`: revival."""
+        """`recon`: squared error over the variance of y, summed over layers; `sparsity`: the activation's penalty; `aux`: revival.
+
+        `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `gate`: of
+        what the gates alone reconstruct through the frozen decoder (gated).
+        """
+        config = self.config
         inputs = {site: self.coder(site).normalise(_rows(batch.clean[site.reads[0]])) for site in self.sites}
-        codes = {site: self.coder(site).code(inputs[site]) for site in self.sites}
-        totals = self._totals(codes)
+        codes, *wide = self._codes(inputs, *self._counts(progress))
+        constants = self._constants(inputs)
+        *partial, totals = self._totals(constants, codes)
         wanted = {write: self.output(write)(_rows(batch.clean[write])) for write in totals}
         errors = {write: F.mse_loss(total, wanted[write]) for write, total in totals.items()}
         terms = {"recon": torch.stack(list(errors.values())).sum(), **self._no_terms()}
-        warm = min(1.0, progress / self.config.penalty_warmup) if self.config.penalty_warmup else 1.0
-        for site, code in codes.items():
-            penalty = self.coder(site).activation.penalty(code, self.coder(site).W_dec)
-            if penalty is not None:
-                terms["sparsity"] = terms["sparsity"] + warm * penalty
-            if self.config.aux and len(self.coder(site).dead_ids):
-                residual = torch.cat([(wanted[slot.write] - totals[slot.write]).detach() for slot in site.slots], 1)
-                revival = self.coder(site).revival(inputs[site], residual, self.config.aux_k or max(1, inputs[site].shape[1] // 2))
-                terms["aux"] = terms["aux"] + self.config.aux * revival
+        if partial:
+            terms["nested"] = torch.stack([_error(prefix, wanted) for prefix in partial]).sum()
+        if wide:
+            terms["wide"] = config.multi_k * _error(self._totals(constants, wide[0])[-1], wanted)
+        self._add_penalties(terms, codes, constants, wanted, progress)
+        self._add_revival(terms, inputs, wanted, totals)
         if self.training:
             self._watch(codes, errors)
+            if config.revive == "resample" and self._losses % config.resample_every == 0 and progress < config.decay_from:
+                self._plan_restarts(inputs, wanted, totals)
         return terms
+
+    def _counts(self, progress: float) -> tuple[int | None, ...]:
+        """Numbers of components to select in a step: the activation's own (None), and four times as many."""
+        if self.config.activation not in SELECTING:
+            return (None,)
+        k = self.config.k_at(progress)
+        for site in self.sites:
+            self.coder(site).activation.k = k  # type: ignore[assignment]
+        return (None, min(4 * k, self.config.features)) if self.config.multi_k else (None,)
+
+    def _codes(self, inputs: dict[Site, Tensor], *counts: int | None) -> list[dict[Site, Code]]:
+        """Codes of every site, for each number of active components."""
+        found = {site: self.coder(site).codes(x, *counts) for site, x in inputs.items()}
+        return [{site: codes[place] for site, codes in found.items()} for place in range(len(counts))]
 
     def _no_terms(self) -> dict[str, Tensor]:
         """Zeros for the terms that not every step has, so that every step names the same ones."""
-        names = (["aux"] if self.config.aux else []) + (["sparsity"] if self.config.activation in ("relu", "jumprelu") else [])
+        config = self.config
+        revives = (config.aux and config.revive == "aux") or (config.pre_act and config.revive == "pre_act")
+        names = (["aux"] if revives else []) + (["sparsity"] if config.sparsity else [])
         return {name: self.coder(self.sites[0]).b_enc.new_zeros(()) for name in names}
 
-    def _totals(self, codes: dict[Site, Code]) -> dict[Point, Tensor]:
-        """What each place receives, its bias included, in normalised coordinates."""
-        totals: dict[Point, Tensor] = {}
+    def _constants(self, inputs: dict[Site, Tensor]) -> dict[Point, Tensor]:
+        """What each place receives whatever is active, in normalised coordinates."""
+        constants: dict[Point, Tensor] = {}
+        for write in dict.fromkeys(slot.write for site in inputs for slot in site.slots):
+            own, site = self._own(write)
+            bias = self.output(write).b_dec
+            constants[write] = bias if own.W_skip is None else F.linear(inputs[site], own.W_skip, bias)
+        return constants
+
+    def _totals(self, constants: dict[Point, Tensor], codes: dict[Site, Code]) -> list[dict[Point, Tensor]]:
+        """What each place receives in normalised coordinates: from all components last, before that from each nested prefix."""
+        decoders = {site: self.coder(site).decoder() for site in codes}
+        if self.config.activation != "matryoshka":
+            return [self._written(constants, codes, decoders)]
+        bounds, totals = [0, *self.config.widths()], [constants]
+        split = {site: decoder.split([stop - start for start, stop in pairwise(bounds)]) for site, decoder in decoders.items()}
+        for place, (start, stop) in enumerate(pairwise(bounds)):
+            part = {site: code.between(start, stop) for site, code in codes.items()}
+            totals.append(self._written(totals[-1], part, {site: pieces[place] for site, pieces in split.items()}))
+        return totals[1:]
+
+    def _written(self, base: dict[Point, Tensor], codes: dict[Site, Code], decoders: dict[Site, Tensor]) -> dict[Point, Tensor]:
+        """What codes add to each place."""
+        totals = dict(base)
         for site, code in codes.items():
             widths = [self.target.size(slot.write) for slot in site.slots]
-            for slot, term in zip(site.slots, code.decode(self.coder(site).W_dec).split(widths, 1), strict=True):
-                totals[slot.write] = term + totals.get(slot.write, self.output(slot.write).b_dec)
+            for slot, term in zip(site.slots, code.decode(decoders[site]).split(widths, 1), strict=True):
+                totals[slot.write] = term + totals[slot.write]
         return totals
 
+    def _add_penalties(
+        self, terms: Terms, codes: dict[Site, Code], constants: dict[Point, Tensor], wanted: dict[Point, Tensor], progress: float
+    ) -> None:
+        config = self.config
+        if config.sparsity is None:
+            return
+        warm = min(1.0, progress / config.penalty_warmup) if config.penalty_warmup else 1.0
+        opened: dict[Site, Code] = {}
+        for site, code in codes.items():
+            coder = self.coder(site)
+            penalty = coder.activation.penalty(code, coder.decoder())
+            if penalty is not None:
+                terms["sparsity"] = terms["sparsity"] + warm * penalty
+            if (gates := coder.activation.open(code)) is not None:
+                opened[site] = gates
+        if opened:
+            frozen = {site: self.coder(site).decoder().detach() for site in opened}
+            base = {write: constant.detach() for write, constant in constants.items()}
+            terms["gate"] = _error(self._written(base, opened, frozen), wanted)
+
+    def _add_revival(self, terms: Terms, inputs: dict[Site, Tensor], wanted: dict[Point, Tensor], totals: dict[Point, Tensor]) -> None:
+        config = self.config
+        for site, x in inputs.items():
+            coder = self.coder(site)
+            if "aux" not in terms or not len(coder.dead_ids):
+                continue
+            if config.revive == "pre_act":
+                assert isinstance(coder.activation, JumpReLU)
+                term = coder.activation.below(coder.pre_of(x, coder.dead_ids), coder.dead_ids, coder.decoder())
+                terms["aux"] = terms["aux"] + config.pre_act * term
+            else:
+                residual = torch.cat([(wanted[slot.write] - totals[slot.write]).detach() for slot in site.slots], 1)
+                terms["aux"] = terms["aux"] + config.aux * coder.revival(x, residual, config.aux_k or max(1, x.shape[1] // 2))
+
+    @torch.no_grad()
+    def _plan_restarts(self, inputs: dict[Site, Tensor], wanted: dict[Point, Tensor], totals: dict[Point, Tensor]) -> None:
+        """For each dead component a row to start again from, drawn by the square of its error (Bricken et al. 2023)."""
+        for site, x in inputs.items():
+            coder = self.coder(site)
+            coder.find_dead(self.config.dead_after)
+            if not len(coder.dead_ids):
+                continue
+            y = torch.cat([wanted[slot.write] for slot in site.slots], 1)
+            error = torch.cat([wanted[slot.write] - totals[slot.write] for slot in site.slots], 1).square().sum(1)
+            ids = coder.dead_ids[: len(error)]  # each row once: two components that start alike would stay so
+            own = torch.Generator().manual_seed((self.seed * 1_000_003 + site.layer) * 1_000_003 + self._losses)
+            rows = error.square().cpu().clamp(min=1e-30).multinomial(len(ids), generator=own).to(x.device)
+            self._restarts[site] = (ids, x[rows], y[rows])
+
     def _watch(self, codes: dict[Site, Code], errors: dict[Point, Tensor]) -> None:
-        l0 = [self.coder(site).watch(code) for site, code in codes.items()]
+        together = torch.cat([code.value.detach() for code in codes.values()]) if self.across_layers else None
+        l0 = [self.coder(site).watch(code, code.value if together is None else together) for site, code in codes.items()]
         self._losses += 1
         if self._losses % self.LOOK_EVERY == 0:
             for site in codes:
@@ -166,43 +180,6 @@ class Dictionary(Decomposer):
 
     def step_statistics(self) -> dict[str, Tensor]:
         return self._statistics
-
-    # ---- accounting
-
-    def component_sizes(self, site: Site) -> int:
-        coder = self.coder(site)
-        return coder.W_enc.shape[1] + coder.W_dec.shape[1]
-
-    def constant_size(self, write: Point) -> int:
-        return self.output(write).b_dec.numel()
-
-    def directions(self, site: Site, slot: Slot) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """Read and write vectors in the target's own coordinates."""
-        folded = self.folded(site)
-        return folded["W_enc"], folded["W_dec"][:, dict(self._parts(site))[slot]]
-
-    @torch.no_grad()
-    def folded(self, site: Site) -> dict[str, Tensor]:
-        """The coder as plain weights, normalisation folded in: codes = activation(x W_enc^T + b_enc), y = codes W_dec + b_dec."""
-        coder = self.coder(site)
-        places = [self.output(slot.write) for slot in site.slots]
-        scale = torch.cat([place.scale.expand(len(place.mean)) for place in places])
-        encoder = coder.W_enc / coder.normalise.scale
-        bias = torch.cat([place.mean + place.scale * place.b_dec for place in places])
-        shift = (encoder.double() @ coder.normalise.mean.double()).to(encoder.dtype)
-        return {"W_enc": encoder, "b_enc": coder.b_enc - shift, "W_dec": coder.W_dec * scale, "b_dec": bias}
-
-    @property
-    def variant(self) -> str:
-        return ACTIVATIONS[self.config.activation].variant(self.config)
-
-    @property
-    def family(self) -> str:
-        label = self.name.replace("_", " ")
-        return label if self.config.activation == "batchtopk" else f"{label} {self.config.activation}"
-
-    def sweep(self) -> list[Choice]:
-        return self.coder(self.sites[0]).activation.choices()
 
     # ---- training
 
@@ -220,22 +197,33 @@ class Dictionary(Decomposer):
         return [{"params": params, "betas": self.config.betas} for params in groups if params]
 
     def after_step(self, progress: float) -> None:
-        """Bring decoder rows back to unit length."""
-        for site in self.sites:
-            self.coder(site).to_unit_rows()
+        """Start planned components again, and bring decoder rows back to unit length."""
+        for site, (ids, x, y) in self._restarts.items():
+            self._restarted += [(parameter, ids) for parameter in self.coder(site).restart(ids, x, y)]
+        self._restarts = {}
+        if self.config.decoder_rows == "unit":
+            for site in self.sites:
+                self.coder(site).to_unit_rows()
+
+    def restarted(self) -> list[tuple[nn.Parameter, Tensor]]:
+        found, self._restarted = self._restarted, []
+        return found
 
     @torch.no_grad()
     def finish(self, data: Iterator[Batch]) -> None:
         """Calibrate thresholds on training activations."""
-        if self.config.activation != "batchtopk":
+        if self.config.activation not in ("batchtopk", "matryoshka"):
             return
         rows = self._take(data)
+        counts = {site: StrengthCounts() for site in self.sites}
+        if self.across_layers:
+            counts = dict.fromkeys(self.sites, StrengthCounts())
         for site in self.sites:
             coder = self.coder(site)
-            counts = StrengthCounts()
             for part in rows[site.reads[0]].split(4096):
-                counts.add(coder.pre(coder.normalise(part)))
-            coder.activation.calibrate(counts)  # type: ignore[operator]
+                counts[site].add(coder.pre(coder.normalise(part)))
+        for site in self.sites:
+            self.coder(site).activation.calibrate(counts[site])  # type: ignore[operator]
 
     def _take(self, data: Iterator[Batch]) -> dict[Point, Float[Tensor, "rows d"]]:
         """Activation rows at every point for measuring and calibrating."""
@@ -266,3 +254,8 @@ class Dictionary(Decomposer):
 
 def _rows(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "n d"]:
     return x.reshape(-1, x.shape[-1])
+
+
+def _error(totals: dict[Point, Tensor], wanted: dict[Point, Tensor]) -> Float[Tensor, ""]:
+    """Squared error over the variance of y, summed over layers."""
+    return torch.stack([F.mse_loss(total, wanted[write]) for write, total in totals.items()]).sum()

@@ -79,17 +79,36 @@ def top_of_batch(pre: Float[Tensor, "rows features"], count: int, hint: float = 
     rows, features = pre.shape
     if pre.device.type != "cpu":
         return Support(rows, features, pre.flatten().topk(min(count, pre.numel()), sorted=False).indices.sort().values)
-    flat = pre.detach().numpy().reshape(-1)
-    index = np.flatnonzero(flat > max(hint, 0.0))
-    if len(index) < count and hint > 0:
-        index = np.flatnonzero(flat > 0)
-    if len(index) > count:
-        values = flat[index]
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        kept = values > threshold
-        kept[np.flatnonzero(values == threshold)[: count - int(kept.sum())]] = True  # ties: the first ones
-        index = index[kept]
+    (index,) = _largest([pre.detach().numpy().reshape(-1)], count, hint)
     return Support(rows, features, torch.from_numpy(index))
+
+
+def top_of_batches(pres: list[Float[Tensor, "rows features"]], count: int, hint: float = 0.0) -> list[Support]:
+    """The `count` largest positive entries of several matrices together; `hint` as in `top_of_batch`."""
+    rows, features = pres[0].shape
+    if pres[0].device.type == "cpu":
+        found = _largest([pre.detach().numpy().reshape(-1) for pre in pres], count, hint)
+        return [Support(rows, features, torch.from_numpy(index)) for index in found]
+    flat = torch.cat([pre.flatten() for pre in pres])
+    index = flat.topk(min(count, len(flat)), sorted=False).indices.sort().values
+    bounds = torch.searchsorted(index, torch.arange(1, len(pres), device=index.device) * (rows * features)).cpu()
+    return [Support(rows, features, part - place * rows * features) for place, part in enumerate(index.tensor_split(bounds))]
+
+
+def _largest(flats: list[np.ndarray], count: int, hint: float) -> list[np.ndarray]:
+    """For each array, the sorted positions of its entries among the `count` largest positive ones of all; ties: the first ones."""
+    found = [np.flatnonzero(flat > max(hint, 0.0)) for flat in flats]
+    if sum(map(len, found)) < count and hint > 0:
+        found = [np.flatnonzero(flat > 0) for flat in flats]
+    if (total := sum(map(len, found))) > count:
+        parts = [flat[index] for flat, index in zip(flats, found, strict=True)]
+        values = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        threshold = np.partition(values, total - count)[total - count]
+        kept = values > threshold
+        kept[np.flatnonzero(values == threshold)[: count - int(kept.sum())]] = True
+        ends = np.cumsum([len(index) for index in found])[:-1]
+        found = [index[mask] for index, mask in zip(found, np.split(kept, ends), strict=True)]
+    return found
 
 
 def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*rows features"]:

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
-from decomp_bench.decomposer import Point
+import torch
+from pydantic import model_validator
+from torch import Tensor
 
-from ._dictionary import Dictionary
+from decomp_bench.decomposer import Point, Site
+
+from ._activations import Code
+from ._dictionary_config import TranscoderConfig
+from ._sparse import Support, top_of_batches
+from ._topk import BatchTopK
+from .transcoder import Transcoder
 
 
-class CrossLayerTranscoder(Dictionary):
+class CLTConfig(TranscoderConfig):
+    """A transcoder's config, and whether layers share out their active components."""
+
+    across_layers: bool = False
+    """Select over all layers at once, k components a row and layer on average, and share one threshold (batchtopk, matryoshka)."""
+
+    @model_validator(mode="after")
+    def _selects(self) -> CLTConfig:
+        if self.across_layers and self.activation not in ("batchtopk", "matryoshka"):
+            raise ValueError(f"across_layers is for batchtopk and matryoshka, not for {self.activation}")
+        return self
+
+
+class CrossLayerTranscoder(Transcoder):
     """One coder a layer, with triangular decoders; a layer's output is the sum over the coders at and before it."""
 
     name = "clt"
     summary = "cross-layer transcoder: features write to every MLP output from their layer on"
+    Config = CLTConfig
+    config: CLTConfig  # type: ignore[assignment]
     paper = "Ameisen et al. 2025, Circuit Tracing: Revealing Computational Graphs in Language Models"
 
-    def read(self, layer: int) -> Point:
-        return f"{layer}.mlp.in"
+    def build(self, generator: torch.Generator) -> None:
+        self.across_layers = self.config.across_layers  # type: ignore[misc]
+        super().build(generator)
 
     def writes(self, layer: int) -> list[Point]:
         return [f"{later}.mlp.out" for later in self.layers if later >= layer]
+
+    def training_gates(self, pre: dict[Site, Tensor]) -> dict[Site, Tensor]:
+        if not self.across_layers or not pre:
+            return super().training_gates(pre)
+        flat = {site: value.detach().reshape(-1, site.n) for site, value in pre.items()}
+        supports = self._selected(flat, None)
+        return {site: supports[site].gate().view(value.shape).to(value.dtype) * (value > 0) for site, value in pre.items()}
+
+    def _codes(self, inputs: dict[Site, Tensor], *counts: int | None) -> list[dict[Site, Code]]:
+        if not self.across_layers:
+            return super()._codes(inputs, *counts)
+        with torch.no_grad():
+            raw = {site: self.coder(site).raw(x) for site, x in inputs.items()}
+            pre = {site: value * self.coder(site).lengths if self.coder(site).free else value for site, value in raw.items()}
+            chosen = [self._selected(pre, k) for k in counts]
+        return [{site: self.coder(site).code_at(x, raw[site], supports[site]) for site, x in inputs.items()} for supports in chosen]
+
+    def _selected(self, pre: dict[Site, Tensor], k: int | None) -> dict[Site, Support]:
+        """The largest pre-activations of all layers together."""
+        activations: list[BatchTopK] = [self.coder(site).activation for site in pre]  # type: ignore[misc]
+        count = (k or activations[0].k) * sum(map(len, pre.values()))
+        hint = min(activation.hint for activation in activations)
+        return dict(zip(pre, top_of_batches(list(pre.values()), count, hint), strict=True))

@@ -79,7 +79,7 @@ class Neurons(Decomposer):
             if gates is not None:
                 gate = gates[site.name].gate
             else:
-                lengths = self._parts[site.layer][1].weight.norm(dim=0)  # type: ignore[union-attr, operator]
+                lengths = self._parts[site.layer][1].weight.float().norm(dim=0)  # type: ignore[union-attr, operator]
                 gate = top_of_rows(strength.abs() * lengths, self.choice.k or self.config.k).to(strength.dtype)
             codes[site.name] = SiteCodes(strength, gate)
         return codes

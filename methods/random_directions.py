@@ -8,8 +8,8 @@ import torch
 
 from decomp_bench.decomposer import Point
 
-from ._coder import DictionaryConfig
 from ._dictionary import Dictionary
+from ._dictionary_config import DictionaryConfig
 
 
 class RandomDirectionsConfig(DictionaryConfig):

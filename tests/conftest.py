@@ -33,13 +33,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 def tiny_tokenizer():
     """Every letter is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz .,\n"
     vocabulary = {"<|bos|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|bos|>", pad_token="<|bos|>")
 
 

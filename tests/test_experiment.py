@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from decomp_bench import experiment, launch, results, targets
+from decomp_bench import experiment, launch, results, script, targets
 from decomp_bench.cli.making import METHOD
 from decomp_bench.errors import UserError
 from decomp_bench.experiment import Options
@@ -182,4 +182,5 @@ def test_experiments_of_the_project_are_sound():
         assert (found.path / "README.md").is_file()
         assert (found.path / "run.py").is_file()
         for preset in found.config.presets:
-            assert experiment.configs(found, Options(preset=preset))
+            options = Options(preset=preset)
+            assert script.settings(found, options) if found.config.script else experiment.configs(found, options)

@@ -52,6 +52,16 @@ def test_the_files_asked_for_are_fetched_once(api, name):
     assert run.fetched == ["final_config.yaml", "model_100.pth"]
 
 
+def test_of_many_checkpoints_the_last_one_is_fetched(api):
+    run, _ = api
+    run.names = ["model_step_900.pt", "model_step_1000.pt", "model_step_64.pt", "tokenizer.json", "model_config.yaml"]
+    wandb_folder("wandb:a/b/c", ["model_config.yaml"], newest="model_step_*.pt", optional=["tokenizer*.json", "nothing.*"])
+    assert sorted(run.fetched) == ["model_config.yaml", "model_step_1000.pt", "tokenizer.json"]
+    run.names = ["model_config.yaml"]
+    with pytest.raises(UserError, match=r"has no file model_step_\*\.pt"):
+        wandb_folder("wandb:a/b/d", ["model_config.yaml"], newest="model_step_*.pt")
+
+
 def test_a_file_that_a_run_lacks_is_named(api):
     with pytest.raises(UserError, match=r"has no file \*\.safetensors; it has final_config\.yaml"):
         wandb_folder("wandb:a/b/c", ["*.safetensors"])

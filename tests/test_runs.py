@@ -63,6 +63,17 @@ def test_id_changes_with_what_changes_a_result(change):
     assert resolved(BASE.model_copy(update=change)).id != resolved().id
 
 
+def test_ids_of_the_first_runs_stay_what_they_were(monkeypatch):
+    """Keys that were added to a config later are outside the id while they are at their defaults."""
+    monkeypatch.setattr("decomp_bench.metrics.metric_versions", dict)
+    target = SimpleNamespace(uri="pydocs-4l", identity="identity", layer_tuple=lambda layers: (0, 1, 2, 3))
+    first = resolved(RunConfig(method="transcoder"), target, SimpleNamespace(name="pydocs", hash="hash"))
+    assert first.id == "transcoder-pydocs-4l-all-s0-96b342eb"
+    assert first.training_key == "e31882ceea67ebaa"
+    packed = RunConfig(method="transcoder", data=DataConfig(packing="packed"))
+    assert resolved(packed, target, SimpleNamespace(name="pydocs", hash="hash")).id != first.id
+
+
 def test_id_changes_with_corpus_target_and_versions(monkeypatch):
     assert resolved(source=SimpleNamespace(name="text", hash="124")).id != resolved().id
     assert resolved(target=SimpleNamespace(uri="x", identity="abd", layer_tuple=layer_tuple)).id != resolved().id

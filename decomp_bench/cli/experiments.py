@@ -155,6 +155,11 @@ def run(
     if dry_run:
         _show_plan(found, options, False)
         return
+    if found.config.script:
+        from decomp_bench.script import execute
+
+        print(f"results: {execute(found, options)}")
+        return
     with Board() as board:
         outcome = experiment.run(found, options, board)
     _conclude(outcome)
@@ -164,7 +169,14 @@ def _show_plan(found: Any, options: Options, as_json: bool) -> None:
     from decomp_bench import experiment
     from decomp_bench.cli.display import duration, show
     from decomp_bench.runs import folder_at
+    from decomp_bench.script import results_folder, settings
 
+    if found.config.script:
+        rows = [{"setting": key, "value": value} for key, value in settings(found, options).items()]
+        show(rows, as_json, "no settings")
+        if not as_json:
+            print(f"{found.path / found.config.script}\nresults: {results_folder(found, options)}")
+        return
     with folder_at(found.root / "results" / "runs"):
         plan = experiment.plan(found, options)
         rows = experiment.status(plan)

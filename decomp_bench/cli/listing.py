@@ -1,4 +1,4 @@
-"""list methods|targets|metrics|runs|experiments, show RUN, runs list|rm."""
+"""list methods|targets|metrics|runs|experiments|formats, show RUN, runs list|rm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decomp_bench.cli.exchange import formats
 from decomp_bench.cli.training import Json
 from decomp_bench.errors import UserError
 
@@ -20,8 +21,8 @@ COLUMNS = ("method", "summary", "kind", "trained", "inference sweep", "presets",
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="List methods, targets, metrics, runs, experiments.", no_args_is_help=True, rich_markup_mode=None)
-    for command in (methods, targets, metrics, runs, experiments):
+    group = typer.Typer(help="List methods, targets, metrics, runs, experiments, formats.", no_args_is_help=True, rich_markup_mode=None)
+    for command in (methods, targets, metrics, runs, experiments, formats):
         group.command(command.__name__)(command)
     app.add_typer(group, name="list")
     app.command("show")(show_run)

@@ -250,20 +250,28 @@ def cache_evict(
 
 
 def target_train(
-    name: Annotated[str, typer.Argument(help="pydocs-4l")],
+    name: Annotated[str, typer.Argument(help="pydocs-4l, or a shape of your own: llama-simple-mlp or gpt2.")],
     seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder that the model is written to.")] = Path("pydocs-4l"),
-    work: Annotated[Path | None, typer.Option(help="Folder for resume states and the tokenised corpus.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that the model is written to; default: the name.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for resume states.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as data.source=F or model.width=64. Repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps; pydocs-4l is trained on the CPU.")] = "auto",
 ) -> None:
-    """Train the embedded target again, from the documentation that is installed here."""
-    from decomp_bench.registry import suggest
+    """Train the embedded target again from the documentation that is installed here, or a target of your own on any data.
 
-    if name != "pydocs-4l":
-        raise UserError(f"no recipe for target '{name}'; {suggest(name, ['pydocs-4l'])}")
-    if out.exists() and any(out.iterdir()):
+    The same command again continues what was interrupted.
+    """
+    from decomp_bench.registry import suggest
+    from decomp_bench.targets.pretraining import SHAPES
+
+    if name not in ("pydocs-4l", *SHAPES):
+        raise UserError(f"no recipe for target '{name}'; {suggest(name, ['pydocs-4l', *SHAPES])}")
+    if name == "pydocs-4l" and set_:
+        raise UserError(f"pydocs-4l has a fixed recipe; --set is for {', '.join(SHAPES)}")
+    out = Path(name) if out is None else out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give another folder with --out")
     from decomp_bench.cli.display import Line
-    from decomp_bench.targets.pydocs import train_pydocs
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with Line() as line:
@@ -271,11 +279,30 @@ def target_train(
         def tell(step: int, steps: int, info: dict[str, Any]) -> None:
             line({"phase": info.get("stage", "train"), "step": step, "steps": steps, "loss": info.get("loss")})
 
-        about = train_pydocs(out, seed, work=work, progress=tell)
+        about, following = _trained(name, out, seed, work, set_ or [], device, tell)
     for key, value in about.items():
         if isinstance(value, (str, int, float)):
             print(f"{key}: {value}")
-    print(f"next: decomp-bench train transcoder --target hf:{out}")
+    print(f"next: {following}")
+
+
+def _trained(name: str, out: Path, seed: int, work: Path | None, sets: list[str], device: str, tell: Any) -> tuple[dict[str, Any], str]:
+    """A training's record, and the command that decomposes what it made."""
+    from decomp_bench.targets import pretraining
+    from decomp_bench.targets.pydocs import train_pydocs
+
+    verb = "train transcoder"
+    if name == "pydocs-4l":
+        return train_pydocs(out, seed, work=work, progress=tell), f"decomp-bench {verb} --target hf:{out}"
+    from decomp_bench.config import parse, parse_set
+    from decomp_bench.train import pick_device
+
+    points = parse_set(sets)
+    if len(points) > 1:
+        raise UserError("target train takes one value for each key; train the points of a sweep one after another")
+    config = parse(pretraining.PretrainingConfig, points[0], "--set")
+    about = pretraining.pretrain(name, config, out, seed, work=work, device=str(pick_device(device)), progress=tell)
+    return about, pretraining.use_command(str(out), config, verb)
 
 
 def target_list(as_json: Json = False) -> None:

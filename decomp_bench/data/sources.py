@@ -1,21 +1,17 @@
-"""Where a target's data comes from: its own corpus, local text, or a toy's distribution."""
+"""Where a target's data comes from: its own corpus, local text, a hub data set, or a toy's distribution."""
 
 from __future__ import annotations
-
-import hashlib
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from decomp_bench.config import DataConfig, digest
-from decomp_bench.data.cache import cache_dir
+from decomp_bench.data.corpus import open_corpus
 from decomp_bench.data.documents import Document
-from decomp_bench.data.text import Rows, read_documents, split_of, to_rows
+from decomp_bench.data.text import SPLITS, Rows, filled
+from decomp_bench.data.tokens import rows_of_corpus
 from decomp_bench.decomposer import Batch
 from decomp_bench.errors import UserError
-from decomp_bench.files import atomically
 from decomp_bench.targets import NAMED, data_folder
 from decomp_bench.targets.base import TargetModel
 from decomp_bench.targets.toy import sparse_features
@@ -23,6 +19,8 @@ from decomp_bench.targets.toy import sparse_features
 STREAM = "stream.uint16"
 TOY_ROWS_A_DOCUMENT = 64
 """A toy's evaluation rows are independent; they are grouped so that intervals are computed as for documents."""
+DRAWN_ROWS, DRAWN_ROWS_A_DOCUMENT = 16_384, 8
+"""Token rows that a toy draws for training (an eighth for each other split), and how many of them stand for a document."""
 
 
 class Source:
@@ -34,56 +32,27 @@ class Source:
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
         self.target, self.config = target, config
         self.context = config.context or target.context
-        self.name, self._origin = _origin(target, config)
+        self.corpus = open_corpus(config.model_copy(update={"source": _origin(target, config)}))
+        self.name = self.corpus.name
         self._rows: dict[str, Rows] = {}
 
     @property
     def hash(self) -> str:
         """Hash of the tokens of every split: results of different hashes are never compared."""
-        return digest([self.rows(split).hash for split in ("train", "validation", "test")], 16)
+        return digest([self.rows(split).hash for split in SPLITS], 16)
 
     def rows(self, split: str) -> Rows:
         """Token rows of a split, tokenised once and kept in the cache folder."""
+        if split == "stream" and split not in self._rows:
+            self._rows[split] = self._stream()
         if split not in self._rows:
-            self._rows[split] = self._load(split)
-        return self._rows[split]
+            vocabulary = _vocabulary(self.target)
+            self._rows |= rows_of_corpus(self.corpus, self.target.tokenizer, self.context, self.config.packing, vocabulary)
+        return filled(self._rows[split], split)
 
     def documents(self, split: str) -> list[Document]:
-        """The split's documents: the corpus' own splits, or 85% / 5% / 10% of local text by a hash of each document."""
-        if self._origin is None:
-            from decomp_bench.data import pydocs
-
-            return pydocs.documents(split)
-        return [document for document in _read(self._origin, self.config.column) if split_of(document.name) == split]
-
-    def _load(self, split: str) -> Rows:
-        if split == "stream":
-            return self._stream()
-        documents = self.documents(split)
-        tokenizer = self.target.tokenizer
-        text = hashlib.sha256("\0".join(f"{d.name}\0{d.label}\0{d.text}" for d in documents).encode()).hexdigest()
-        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        file = cache_dir() / "rows" / f"{digest([text, vocabulary, self.context, 2], 20)}.npz"
-        try:
-            kept = np.load(file, allow_pickle=False)
-            names, labels = (tuple(str(v) for v in kept[key]) for key in ("documents", "labels"))
-            return Rows(kept["tokens"], kept["length"], kept["doc"], names, labels)
-        except (OSError, ValueError, KeyError):
-            rows = to_rows(documents, tokenizer, self.context, split)
-
-        def save(path: Path) -> None:
-            with path.open("wb") as stream:
-                np.savez(
-                    stream,
-                    tokens=rows.tokens,
-                    length=rows.length,
-                    doc=rows.doc,
-                    documents=np.array(rows.documents),
-                    labels=np.array(rows.labels),
-                )
-
-        atomically(file, save)
-        return rows
+        """The split's documents: the corpus' own splits, or 85% / 5% / 10% of its text by a hash of each document."""
+        return list(self.corpus.documents(split))
 
     def _stream(self) -> Rows:
         """The committed stream that was sampled from the target; every row is a document of its own."""
@@ -131,23 +100,26 @@ class ToySource(Source):
     rows_a_sequence = TOY_ROWS_A_DOCUMENT
 
     def __init__(self, target: TargetModel, config: DataConfig) -> None:
-        if config.source is not None:
-            raise UserError(f"{target.uri} has its own data: leave data.source out")
+        _refuse_other_data(target, config)
         self.target, self.config, self.name, self.context = target, config, target.uri.split("@")[0], 1
+        self._drawn: dict[str, torch.Tensor] = {}
 
     @property
     def hash(self) -> str:
-        return digest([self.name, self.target.about["features"], self.target.about["probability"], 1], 16)
+        toy, about = self.target.toy, self.target.about
+        return digest([self.name, about["features"], about["probability"], 1] if toy is None else [toy.key, 1], 16)
 
     def batch(self, split: str, index: np.ndarray) -> Batch:
-        blocks = {int(b): self._block(split, int(b)) for b in np.unique(index // TOY_ROWS_A_DOCUMENT)}
-        x = torch.stack([blocks[int(i) // TOY_ROWS_A_DOCUMENT][int(i) % TOY_ROWS_A_DOCUMENT] for i in index])
-        return Batch(x, None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
+        if split not in self._drawn:
+            self._drawn[split] = torch.cat([self._block(split, block) for block in range(self.size(split) // TOY_ROWS_A_DOCUMENT)])
+        return Batch(self._drawn[split][torch.from_numpy(index)], None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
 
     def _block(self, split: str, block: int) -> torch.Tensor:
-        seed = int(digest([split, block], 12), 16)
-        about = self.target.about
-        return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(int(digest([split, block], 12), 16))
+        toy, about = self.target.toy, self.target.about
+        if toy is None:
+            return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], generator)
+        return toy.draw(TOY_ROWS_A_DOCUMENT, generator)
 
     def size(self, split: str) -> int:
         return 65536 if split == "train" else 16384
@@ -162,23 +134,50 @@ class ToySource(Source):
         return digest([self.hash, split, rows], 16)
 
 
+class DrawnTokens(Source):
+    """Token rows that a toy draws: whole rows, without text and without a tokenizer."""
+
+    def __init__(self, target: TargetModel, config: DataConfig) -> None:
+        _refuse_other_data(target, config)
+        self.target, self.config, self.name, self.context = target, config, target.uri.split("@")[0], target.context
+        self._rows: dict[str, Rows] = {}
+
+    def documents(self, split: str) -> list[Document]:
+        raise UserError(f"{self.target.uri} has no text: what needs documents takes a language model such as pydocs-4l")
+
+    def _load(self, split: str) -> Rows:
+        if split == "stream" or self.target.toy is None:
+            raise UserError(f"{self.target.uri} has no sampled stream: eval.split=test or validation; pydocs-4l has one")
+        count = DRAWN_ROWS if split == "train" else DRAWN_ROWS // 8
+        tokens = self.target.toy.draw(count, torch.Generator().manual_seed(int(digest(["tokens", split], 12), 16))).numpy().astype(np.int32)
+        doc = np.arange(count, dtype=np.int32) // DRAWN_ROWS_A_DOCUMENT
+        names = tuple(map(str, range(int(doc[-1]) + 1)))
+        return Rows(tokens, np.full(count, tokens.shape[1], np.int32), doc, names, names)
+
+
+def _refuse_other_data(target: TargetModel, config: DataConfig) -> None:
+    if config.source is not None:
+        raise UserError(f"{target.uri} has its own data: leave data.source out")
+
+
 def open_source(target: TargetModel, config: DataConfig) -> Source:
     """The source for a target and a data config; raises UserError where the target has no data of its own and none is given."""
-    return ToySource(target, config) if not target.is_lm else Source(target, config)
+    if not target.is_lm:
+        return ToySource(target, config)
+    return Source(target, config) if target.toy is None else DrawnTokens(target, config)
 
 
-def _origin(target: TargetModel, config: DataConfig) -> tuple[str, str | None]:
-    """Name of the data set, and the local path it is read from (None: the embedded corpus)."""
-    if config.source == "pydocs":
-        return "pydocs", None
+def _origin(target: TargetModel, config: DataConfig) -> str:
+    """What the config names, or else the data that the target goes with."""
     if config.source is not None:
-        return Path(config.source).stem, config.source
+        return config.source
     named = NAMED.get(target.uri)
     if named is None:
-        raise UserError(f"{target.uri} needs data: --set data.source=FILE (.txt, .jsonl, .parquet or a folder), or data.source=pydocs")
-    return ("pydocs", None) if named.data is None else (Path(named.data).stem, str(data_folder() / named.data))
+        raise UserError(f"{target.uri} needs data: --set data.source=FILE (text, or hf:NAME of the hub), or data.source=pydocs")
+    return "pydocs" if named.data is None else str(data_folder() / named.data)
 
 
-@cache
-def _read(origin: str, column: str) -> list[Document]:
-    return read_documents(origin, column)
+def _vocabulary(target: TargetModel) -> int:
+    """Tokens that the model has embeddings for."""
+    embeddings = getattr(target.module, "get_input_embeddings", lambda: None)()
+    return len(target.tokenizer) if embeddings is None else int(embeddings.weight.shape[0])

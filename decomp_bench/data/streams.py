@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
+def tell_repeats(source: Source, split: str, epoch: int) -> None:
+    """Warn, once, where a run goes over a text a second time: more tokens were asked for than there are."""
+    if epoch == 1 and source.target.is_lm:
+        tokens = int((source.rows(split).length - 1).sum())
+        text = f"{source.name}: the {split} split has {tokens:,} tokens, fewer than are asked for; they are seen again in another order"
+        warnings.warn(text, stacklevel=2)
+
+
 class SequenceStream:
     """Batch `i` of whole rows with the target's clean activations and output."""
 
@@ -39,6 +48,7 @@ class SequenceStream:
         """Batch i, on the target's device; tokens a batch: the sum of its rows' lengths."""
         epoch, place = divmod(i, self.per_epoch)
         if self._order[0] != epoch:
+            tell_repeats(self.source, self.split, epoch)
             self._order = (epoch, order(self.source.size(self.split), self.source.config.seed, epoch))
         batch = self.source.batch(self.split, self._order[1][place * self.rows : (place + 1) * self.rows])
         return with_clean(self.source, batch, self.points)
@@ -86,6 +96,7 @@ class ActivationStream:
         a_epoch = max(1, size // self.sequences)
         epoch, place = divmod(block, a_epoch)
         start = place * self.sequences
+        tell_repeats(self.source, self.split, epoch)
         return order(size, self.source.config.seed, epoch)[start : start + self.sequences]
 
     def _batches_in(self, block: int) -> int:

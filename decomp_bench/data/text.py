@@ -1,13 +1,10 @@
-"""Documents from local text, and documents as rows of tokens."""
+"""Splits, and documents as rows of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,6 @@ from decomp_bench.data.documents import Document
 from decomp_bench.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SHORTEST_ROW = 16
 """Rows of fewer tokens are left out of training and evaluation alike."""
 
@@ -27,70 +23,20 @@ def split_of(name: str, validation: float = 0.05, test: float = 0.10) -> str:
     return "test" if place < test else "validation" if place < test + validation else "train"
 
 
-def read_documents(source: str, column: str) -> list[Document]:
-    """Documents of a .txt (blank-line paragraphs gathered to about 2,000 characters), .jsonl or .parquet file, or a folder of them.
-
-    A document's name is the hash of its text, so that duplicates fall into one split. Raises UserError for a missing, broken or
-    empty source and for a missing column.
-    """
-    path = Path(os.path.expandvars(source)).expanduser()
-    if not path.exists():
-        raise UserError(f"no data at {path}: data.source takes a {', '.join(SUFFIXES)} file or a folder of them")
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
-    texts = [(file.stem, text) for file in files for text in _texts(file, column) if text.strip()]
-    if not texts:
-        raise UserError(f"no text in {path}: it needs {', '.join(SUFFIXES)} files with some text")
-    return [Document(hashlib.sha256(text.encode()).hexdigest()[:16], label, text) for label, text in texts]
-
-
-def _texts(file: Path, column: str) -> Iterator[str]:
-    try:
-        if file.suffix == ".txt":
-            yield from _paragraphs(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".jsonl":
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                yield _column(json.loads(line), column, f"{file} line {number}")
-        elif file.suffix == ".parquet":
-            import pandas as pd
-
-            table = pd.read_parquet(file)
-            if column not in table:
-                raise UserError(f"{file} has no column '{column}'; it has {', '.join(map(str, table.columns))}: set data.column")
-            yield from table[column].astype(str)
-        else:
-            raise UserError(f"{file}: data.source takes {', '.join(SUFFIXES)} files")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot read {file} as {file.suffix[1:]}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-
-
-def _column(record: Any, column: str, where: str) -> str:
-    if not isinstance(record, dict) or column not in record:
-        raise UserError(f"{where} has no key '{column}': set data.column")
-    return str(record[column])
-
-
-def _paragraphs(text: str, size: int = 2000) -> Iterator[str]:
-    gathered = ""
-    for paragraph in text.split("\n\n"):
-        gathered += ("\n\n" if gathered else "") + paragraph
-        if len(gathered) >= size:
-            yield gathered
-            gathered = ""
-    if gathered:
-        yield gathered
-
-
 @dataclass(frozen=True)
 class Rows:
-    """Token rows: ids [N, context] padded on the right, real positions of each row [N], index of each row's document [N]."""
+    """Token rows: ids [N, context] padded on the right, real positions of each row [N], index of each row's document [N].
+
+    `documents` and `labels` are the documents' names and labels. Packed rows have a document of their own each, for statistics, and in
+    `origin` [N, context] the index of the text that each position is from.
+    """
 
     tokens: np.ndarray
     length: np.ndarray
     doc: np.ndarray
     documents: tuple[str, ...]
     labels: tuple[str, ...]
+    origin: np.ndarray | None = None
 
     @property
     def hash(self) -> str:
@@ -103,35 +49,106 @@ class Rows:
     def first(self, scored: int) -> Rows:
         """Whole rows from the start until this many positions are scored (all but the first of each row)."""
         upto = int(np.searchsorted(np.cumsum(self.length - 1), scored, side="left")) + 1
-        return Rows(self.tokens[:upto], self.length[:upto], self.doc[:upto], self.documents, self.labels)
+        origin = None if self.origin is None else self.origin[:upto]
+        return Rows(self.tokens[:upto], self.length[:upto], self.doc[:upto], self.documents, self.labels, origin)
+
+
+class Tokens:
+    """Token ids of one split's documents, gathered batch by batch as arrays, so that no text is kept."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.labels: list[str] = []
+        self.sizes: list[int] = []
+        self._parts: list[np.ndarray] = []
+
+    def add(self, name: str, label: str, ids: Sequence[int]) -> None:
+        """Add a document."""
+        self.names.append(name)
+        self.labels.append(label)
+        self.sizes.append(len(ids))
+        self._parts.append(np.asarray(ids, np.int32))
+
+    def in_order(self) -> tuple[list[np.ndarray], tuple[str, ...], tuple[str, ...]]:
+        """Ids, names and labels of the documents in the order of the hashes of their names, the same for any order of reading."""
+        order = sorted(range(len(self.names)), key=lambda i: hashlib.sha256(self.names[i].encode()).hexdigest())
+        return [self._parts[i] for i in order], tuple(self.names[i] for i in order), tuple(self.labels[i] for i in order)
 
 
 def to_rows(documents: list[Document], tokenizer: Any, context: int, split: str) -> Rows:
-    """Cut each document into rows: the beginning-of-text token, then up to context - 1 tokens. A row never mixes documents.
+    """Rows of documents that are at hand, unpacked; raises UserError where nothing is left."""
+    tokens = Tokens()
+    encoded = tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"] if documents else []
+    for document, ids in zip(documents, encoded, strict=True):
+        tokens.add(document.name, document.label, ids)
+    return filled(separate_rows(tokens, context, *special_ids(tokenizer)[:2]), split)
 
-    Rows come in a fixed random order, so that any prefix is a fair sample of all documents. Raises UserError where nothing is left.
-    """
-    ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).hexdigest())
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
+
+def special_ids(tokenizer: Any) -> tuple[int, int, int]:
+    """The ids that begin a row, pad it, and stand between packed documents; raises UserError where a tokenizer has none."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    first = bos if bos is not None else eos
     if first is None:
         raise UserError("the tokenizer has neither a beginning-of-text nor an end-of-text token: rows need one of them")
-    ids, length, doc = [], [], []
-    encoded = tokenizer([d.text for d in ordered], add_special_tokens=False)["input_ids"] if ordered else []
-    for index, tokens in enumerate(encoded):
-        for start in range(0, len(tokens), context - 1):
-            row = [first, *tokens[start : start + context - 1]]
-            if len(row) >= SHORTEST_ROW:
-                ids.append(row + [pad] * (context - len(row)))
-                length.append(len(row))
-                doc.append(index)
-    if not ids:
+    return first, pad if pad is not None else first, eos if eos is not None else first
+
+
+def filled(rows: Rows, split: str) -> Rows:
+    """The rows, where there are any; raises UserError where there are none."""
+    if not len(rows.length):
         raise UserError(f"the {split} split has no row of at least {SHORTEST_ROW} tokens: give more or longer documents in data.source")
-    shuffled = np.random.default_rng(0).permutation(len(ids))
-    return Rows(
-        np.array(ids, np.int32)[shuffled],
-        np.array(length, np.int32)[shuffled],
-        np.array(doc, np.int32)[shuffled],
-        tuple(d.name for d in ordered),
-        tuple(d.label for d in ordered),
-    )
+    return rows
+
+
+def separate_rows(tokens: Tokens, context: int, first: int, pad: int) -> Rows:
+    """Cut each document into rows: the token `first`, then up to context - 1 tokens, padded. A row never mixes documents.
+
+    Rows come in a fixed random order, so that any prefix is a fair sample of all documents. Rows below SHORTEST_ROW tokens are left out.
+    """
+    pieces, names, labels = tokens.in_order()
+    cuts = [(doc, start) for doc, ids in enumerate(pieces) for start in range(0, len(ids), context - 1)]
+    cuts = [(doc, start) for doc, start in cuts if min(context, len(pieces[doc]) - start + 1) >= SHORTEST_ROW]
+    ids, length = np.full((len(cuts), context), pad, np.int32), np.empty(len(cuts), np.int32)
+    ids[:, 0] = first
+    for row, (doc, start) in enumerate(cuts):
+        piece = pieces[doc][start : start + context - 1]
+        ids[row, 1 : len(piece) + 1], length[row] = piece, len(piece) + 1
+    return _shuffled(Rows(ids, length, np.array([doc for doc, _ in cuts], np.int32), names, labels))
+
+
+def given_rows(tokens: Tokens, context: int, pad: int) -> Rows:
+    """Rows of a data set that is tokenised already: the first `context` ids of each document as they are, padded."""
+    pieces, names, labels = tokens.in_order()
+    kept = [doc for doc, ids in enumerate(pieces) if min(context, len(ids)) >= SHORTEST_ROW]
+    ids, length = np.full((len(kept), context), pad, np.int32), np.empty(len(kept), np.int32)
+    for row, doc in enumerate(kept):
+        piece = pieces[doc][:context]
+        ids[row, : len(piece)], length[row] = piece, len(piece)
+    return _shuffled(Rows(ids, length, np.array(kept, np.int32), names, labels))
+
+
+def packed_rows(tokens: Tokens, context: int, separator: int) -> Rows:
+    """Documents in a row, each followed by the separator, cut every `context` tokens; the rest that fills no row is left out.
+
+    `origin` says for each position which document it is from (a separator belongs to the document that it ends). The statistics take a
+    row for their unit, since a row has several documents: each row is a document of its own in `doc`, and bootstrap intervals resample
+    rows. A document that goes over a row's end is in two of these blocks; where documents are not much shorter than rows, intervals
+    are therefore a little too narrow.
+    """
+    pieces, _, _ = tokens.in_order()
+    sizes = np.array([len(ids) + 1 for ids in pieces], np.int64)
+    ends, count = np.cumsum(sizes), int(sizes.sum()) // context
+    flat = np.full(int(sizes.sum()), separator, np.int32)
+    for ids, end in zip(pieces, ends, strict=True):
+        flat[end - 1 - len(ids) : end - 1] = ids
+    origin = np.repeat(np.arange(len(pieces), dtype=np.int32), sizes)[: count * context].reshape(count, context)
+    each, rows = np.arange(count, dtype=np.int32), flat[: count * context].reshape(count, context)
+    shuffled = _shuffled(Rows(rows, np.full(count, context, np.int32), each, (), (), origin))
+    names = tuple(map(str, each))
+    return replace(shuffled, doc=each, documents=names, labels=names)
+
+
+def _shuffled(rows: Rows) -> Rows:
+    order = np.random.default_rng(0).permutation(len(rows.length))
+    origin = None if rows.origin is None else rows.origin[order]
+    return replace(rows, tokens=rows.tokens[order], length=rows.length[order], doc=rows.doc[order], origin=origin)

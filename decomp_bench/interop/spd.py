@@ -18,6 +18,7 @@ from decomp_bench.config import parse, read_yaml
 from decomp_bench.decomposer import Decomposer, layer_of
 from decomp_bench.errors import UserError
 from decomp_bench.interop._spd_run import CONFIG, HOLDS, About, Run, check_counts, newest, settings, some, weights
+from decomp_bench.provenance import file_hash
 from decomp_bench.registry import method
 from decomp_bench.remote import wandb_folder
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 METHOD = __name__.rpartition(".")[2]
 """The format carries the name of its method."""
+CHOOSES_LAYERS = True
+"""An import may leave out layers that were decomposed."""
 _LAYER = re.compile(r"(?:.*\.)?(?:h|layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)")
 _MAPS = {
     "mlp.up": ("c_fc", "up_proj", "fc_in", "dense_h_to_4h", "mlp_in"),
@@ -43,7 +46,12 @@ def read(source: str, target: TargetModel, layers: tuple[int, ...] | Literal["al
 
     Raises UserError for a missing or broken file, another target, and whatever this project cannot represent.
     """
-    folder = wandb_folder(source, (CONFIG, "model_*"), HOLDS) if source.startswith("wandb:") else Path(source).expanduser()
+    return read_run(source, target, layers)[0]
+
+
+def read_run(source: str, target: TargetModel, layers: tuple[int, ...] | Literal["all"] | None = None) -> tuple[Decomposer, dict[str, str]]:
+    """As `read`, with the hashes of the files."""
+    folder = wandb_folder(source, (CONFIG,), HOLDS, newest="model_*") if source.startswith("wandb:") else Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give one that holds {HOLDS}, or wandb:ENTITY/PROJECT/RUN")
     run = weights(newest(folder))
@@ -56,7 +64,7 @@ def read(source: str, target: TargetModel, layers: tuple[int, ...] | Literal["al
     config = {**about.config, **_widths(run, about, points), "components": sizes}
     made = kind(parse(kind.Config, config, str(folder / CONFIG)), target, chosen, about.seed)
     _fill(made, _state(run, about, points, made), run.file)
-    return made.eval()
+    return made.eval(), {file.name: file_hash(file) for file in (folder / CONFIG, run.file)}
 
 
 # ---- places

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decomp_bench.errors import UserError
+from decomp_bench.targets.toys import TOYS
 
 if TYPE_CHECKING:
     from decomp_bench.targets.base import TargetModel
@@ -53,8 +54,14 @@ NAMED = {
     ),
 }
 EMBEDDED = "pydocs-4l"
+SIMPLE = ("llama-simple-mlp", "llama-simple", "gpt2-simple")
+"""Schemes of the checkpoints that goodfire-ai/spd, param-decomp and simple_stories_train publish."""
 _PATTERNS = [
-    {"uri": "hf:FOLDER-or-NAME", "about": "a Llama- or Arcee-shaped causal language model, local or from the hub; give data.source"},
+    {"uri": "hf:FOLDER-or-NAME", "about": "a causal language model, local or from the hub: {families}; give data.source"},
+    {"uri": "tl:FOLDER-or-NAME", "about": "the same through TransformerLens' bridge, by TransformerLens' names too; give data.source"},
+    {"uri": "llama-simple-mlp:FOLDER-or-wandb:ENTITY/PROJECT/RUN", "about": "a LlamaSimpleMLP checkpoint of Goodfire; give data.source"},
+    {"uri": "llama-simple:FOLDER-or-wandb:ENTITY/PROJECT/RUN", "about": "a LlamaSimple checkpoint (gated MLPs); give data.source"},
+    {"uri": "gpt2-simple:FOLDER-or-wandb:ENTITY/PROJECT/RUN", "about": "a GPT2Simple checkpoint; give data.source"},
     {"uri": "toy:resid_mlp1@SEED", "about": "a one-layer residual MLP in superposition, trained in seconds"},
     {"uri": "toy:resid_mlp2@SEED", "about": "the same with two layers"},
 ]
@@ -66,7 +73,12 @@ def known() -> list[dict[str, str]]:
         {"uri": uri, "about": named.about, "available": "yes" if named.path().is_dir() else f"no: {named.path()} is absent"}
         for uri, named in NAMED.items()
     ]
-    return rows + [{**pattern, "available": "yes"} for pattern in _PATTERNS]
+    from decomp_bench.targets.architectures import LAYOUTS
+
+    families = ", ".join(LAYOUTS)
+    rows += [{**pattern, "about": pattern["about"].format(families=families), "available": "yes"} for pattern in _PATTERNS]
+    toys = [{"uri": f"toy:{name}@SEED", "about": toy.about, "available": f"yes: trained in {toy.cost}"} for name, toy in TOYS.items()]
+    return rows + toys
 
 
 def load(uri: str, device: str = "cpu") -> TargetModel:
@@ -83,10 +95,19 @@ def load(uri: str, device: str = "cpu") -> TargetModel:
         from decomp_bench.targets.huggingface import load_huggingface
 
         return load_huggingface(rest, uri, device)
+    if scheme == "tl" and rest:
+        from decomp_bench.targets.transformerlens import load_transformerlens
+
+        return load_transformerlens(rest, uri, device)
+    if scheme in SIMPLE and rest:
+        from decomp_bench.targets.simple import load_simple
+
+        return load_simple(scheme, rest, uri, device)
     if scheme == "toy" and rest:
         from decomp_bench.targets.toy import load_toy
 
         return load_toy(rest, uri, device)
     from decomp_bench.registry import suggest
 
-    raise UserError(f"unknown target '{uri}'; {suggest(uri, [*NAMED, 'hf:FOLDER', 'toy:resid_mlp1'])}")
+    names = [*NAMED, "hf:FOLDER", "tl:FOLDER", *(f"{kind}:FOLDER" for kind in SIMPLE), "toy:resid_mlp1", *(f"toy:{name}" for name in TOYS)]
+    raise UserError(f"unknown target '{uri}'; {suggest(uri, names)}")

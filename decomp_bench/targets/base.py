@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from decomp_bench.targets.toys.truth import Toy
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,13 @@ class Architecture:
 class TargetModel:
     """A frozen network in evaluation mode.
 
-    `uri` names it, `identity` is a hash of its weights, `layers` counts blocks, `width` is the residual width. `task` is `lm` for
-    a language model (token ids [B, T] in, logits [B, T, vocab] out; compared by KL) and `regression` for a toy (rows in, rows out;
-    compared by squared error). `keeps_first` says that the first position of a row is never replaced nor scored.
+    `uri` names it, `identity` is a hash of its weights (default: of the module as it is given), `layers` counts blocks, `width` is the
+    residual width. `task` is `lm` for a language model (token ids [B, T] in, logits [B, T, vocab] out; compared by KL) and `regression`
+    for a toy (rows in, rows out; compared by squared error). `keeps_first` says that the first position of a row is never replaced nor
+    scored. `toy` holds the data and the truth of a toy whose mechanisms are known.
     """
+
+    toy: Toy | None = None
 
     def __init__(
         self,
@@ -48,18 +55,23 @@ class TargetModel:
         context: int = 0,
         device: str | torch.device = "cpu",
         about: dict[str, Any] | None = None,
+        identity: str | None = None,
     ) -> None:
         self.uri, self.module, self.architecture = uri, module.eval().requires_grad_(False).to(device), architecture
         self.layers, self.width, self.task = layers, width, task
         self.tokenizer, self.context, self.about = tokenizer, context, about or {}
-        self.identity = identity(module)
+        self.identity = identity or identity_of(module)
         modules = dict(module.named_modules())
+        self._places = _places(module)
         self.map_paths = {
             f"{layer}.{name}": path.format(layer)
             for layer in range(layers)
             for name, path in architecture.maps.items()
             if path.format(layer) in modules
         }
+
+    bridge: Any = None
+    """TransformerLens' bridge around the module, for its hooks; None for targets of other schemes."""
 
     @property
     def is_lm(self) -> bool:
@@ -99,8 +111,8 @@ class TargetModel:
         return [p for p in self.map_paths if p.startswith(f"{layer}.{unit}.")]
 
     def weight(self, point: str) -> Float[Tensor, "d_out d_in"]:
-        """Weight of a linear map, oriented like nn.Linear."""
-        return self.part(point).weight  # type: ignore[return-value]
+        """Weight of a linear map in fp32, oriented like nn.Linear; a copy where the target holds it in 16 bits."""
+        return self.part(point).weight.float()  # type: ignore[union-attr, operator]
 
     def bias(self, point: str) -> Float[Tensor, " d_out"] | None:
         """Bias of a linear map, or None."""
@@ -108,7 +120,7 @@ class TargetModel:
 
     def size(self, point: str) -> int:
         """Width of the activations read at a point."""
-        return self.weight(point).shape[1] if point in self.map_paths else self.width
+        return self.part(point).weight.shape[1] if point in self.map_paths else self.width  # type: ignore[union-attr, index]
 
     def layer_tuple(self, layers: tuple[int, ...] | Literal["all"]) -> tuple[int, ...]:
         """`all` or a choice of layers as a sorted tuple; raises UserError for a layer that the target lacks."""
@@ -161,24 +173,47 @@ class TargetModel:
 
         return module.register_forward_pre_hook(keep, with_kwargs=True)
 
+    @cached_property
+    def block_gives_tuple(self) -> bool:
+        """Whether a block returns a tuple that begins with the residual stream, and not the stream itself."""
+        if not self.is_lm:
+            return False
+        found: list[bool] = []
+        handle = self.part("0").register_forward_hook(lambda _module, _args, output: found.append(isinstance(output, tuple)))
+        try:
+            with torch.no_grad():
+                self.body(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            handle.remove()
+        return found[0]
+
     @contextmanager
     def swapped(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Put modules in place of those at these paths while the context lasts, and the originals back whatever happens."""
-        originals = {path: self.module.get_submodule(path) for path in modules}
+        places: list[tuple[nn.Module, str, nn.Module]] = []  # found before anything moves: paths of inner modules lead through outer ones
+        for path, module in modules.items():
+            for place in self._places.get(path, (path,)):
+                parent, _, name = place.rpartition(".")
+                places.append((self.module.get_submodule(parent), name, module))
+        originals = [parent._modules[name] for parent, name, _ in places]
         try:
-            for path, module in modules.items():
-                self._put(path, module)
+            for parent, name, module in places:
+                parent._modules[name] = module
             yield
         finally:
-            for path, module in reversed(originals.items()):  # outer modules first: inner paths lead through them
-                self._put(path, module)
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        self.module.get_submodule(parent)._modules[name] = module
+            for (parent, name, _), original in zip(places, originals, strict=True):
+                parent._modules[name] = original
 
 
-def identity(module: nn.Module) -> str:
+def _places(module: nn.Module) -> dict[str, list[str]]:
+    """Every path of those modules that have several (one wrapped by a bridge is known to the bridge and to the wrapped model)."""
+    paths: dict[int, list[str]] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        paths.setdefault(id(part), []).append(path)
+    return {path: several for several in paths.values() if len(several) > 1 for path in several}
+
+
+def identity_of(module: nn.Module) -> str:
     """Hash of a module's parameters and buffers: names, shapes and values (16 hex digits)."""
     state = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from decomp_bench.config import digest
 from decomp_bench.errors import UserError
 from decomp_bench.remote import hub_reachable
-from decomp_bench.targets.base import Architecture, TargetModel
+from decomp_bench.targets.architectures import Layout, layout_of
+from decomp_bench.targets.arrange import arrange, blocks, keep_16_bits
+from decomp_bench.targets.base import TargetModel, identity_of
 
-_ATTENTION = {
-    "attn.q": "model.layers.{}.self_attn.q_proj",
-    "attn.k": "model.layers.{}.self_attn.k_proj",
-    "attn.v": "model.layers.{}.self_attn.v_proj",
-    "attn.o": "model.layers.{}.self_attn.o_proj",
-}
-_PLAIN = {"mlp.up": "model.layers.{}.mlp.up_proj", "mlp.down": "model.layers.{}.mlp.down_proj"}
-_PLACES = {"block": "model.layers.{}", "mlp": "model.layers.{}.mlp", "attn": "model.layers.{}.self_attn", "body": "model"}
-
-# model_type of config.json -> where its parts are. A new architecture is a new row.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(maps={"mlp.gate": "model.layers.{}.mlp.gate_proj", **_PLAIN, **_ATTENTION}, **_PLACES),
-    "arcee": Architecture(maps={**_PLAIN, **_ATTENTION}, **_PLACES),
-}
 LONGEST_CONTEXT = 512
 """Rows are no longer than this unless the data config asks: published comparisons use 512."""
 
 
+@dataclass
+class Loaded:
+    """A model as transformers loads it, in fp32, with what else a target needs."""
+
+    model: Any
+    tokenizer: Any
+    layout: Layout
+    identity: str
+    """Hash of the weights as published, and of the layout where the folder changes it."""
+    stored: torch.dtype | None = None
+    """The type that the checkpoint is written in."""
+
+
 def load_huggingface(name: str, uri: str, device: str | torch.device, context: int | None = None) -> TargetModel:
-    """Load a folder or hub name in fp32; raises UserError with the fix for a missing, broken or unsupported model."""
+    """Load a folder or hub name for fp32 evaluation; raises UserError with the fix for a missing, broken or unsupported model."""
+    return as_target(fetch(name), name, uri, device, context)
+
+
+def fetch(name: str, layout: Layout | None = None) -> Loaded:
+    """A folder's or hub name's model, with its layout where none is given; raises UserError as `load_huggingface` does."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -45,22 +53,39 @@ def load_huggingface(name: str, uri: str, device: str | torch.device, context: i
         raise UserError(f"no folder {folder}; 'hf:' takes a local model folder or a hub name such as hf:roneneldan/TinyStories-1M")
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=offline)
-        architecture = ARCHITECTURES.get(config.model_type)
-        if architecture is None:
-            raise UserError(f"{name}: architecture '{config.model_type}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-        model: Any = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, local_files_only=offline)
+        stored: Any = config.dtype
+        layout, own = (layout, False) if layout else layout_of(config.model_type, name, folder if local else None)
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=torch.float32, local_files_only=offline, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
     except UserError:
         raise
     except Exception as error:
         raise UserError(_reason(name, local, error)) from None
-    _fuse_gelu(model)
+    model, report = loading
+    if report["missing_keys"]:
+        raise UserError(f"{name} lacks weights of its architecture: {', '.join(sorted(report['missing_keys'])[:3])}; fetch it again")
+    identity = identity_of(model)
+    return Loaded(model, tokenizer, layout, digest([identity, layout.model_dump()], 16) if own else identity, stored)
+
+
+def as_target(found: Loaded, name: str, uri: str, device: str | torch.device, context: int | None = None) -> TargetModel:
+    """A loaded model as a target; raises UserError where the layout does not fit it."""
+    model = found.model
+    fuse_gelu(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    architecture = arrange(model, found.layout, name)
+    keep_16_bits(model, architecture, found.stored)
+    config = model.config.get_text_config()
     longest = context or min(LONGEST_CONTEXT, getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
-    about = {"model_type": config.model_type, "parameters": sum(p.numel() for p in model.parameters())}
-    return TargetModel(uri, model, architecture, config.num_hidden_layers, config.hidden_size, "lm", tokenizer, longest, device, about)
+    about = {"model_type": model.config.model_type, "parameters": parameters}
+    layers = blocks(model, architecture.block)
+    width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    return TargetModel(uri, model, architecture, layers, width, "lm", found.tokenizer, longest, device, about, found.identity)
 
 
-def _fuse_gelu(model: Any) -> None:
+def fuse_gelu(model: Any) -> None:
     """The tanh GELU as one operation instead of eight: the same function to rounding, and the largest single cost on a CPU."""
     from transformers.activations import NewGELUActivation
 

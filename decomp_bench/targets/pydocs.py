@@ -9,14 +9,13 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import ArceeForCausalLM, PreTrainedTokenizerFast
+from transformers import ArceeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from decomp_bench.data import pydocs
 from decomp_bench.data.cache import cache_dir
@@ -26,33 +25,15 @@ from decomp_bench.targets.card import card
 from decomp_bench.targets.ngrams import NGrams
 from decomp_bench.targets.rows import Rows, rows_of
 from decomp_bench.targets.sampling import entropy, sample_stream, samples, stream_rows
+from decomp_bench.targets.tokenizer import as_transformers, train_tokenizer
 from decomp_bench.targets.training import Progress, Recipe, cross_entropy, fit
 
-BOS = "<|bos|>"
 PROMPT = "Return the"
 STREAM = "stream.uint16"
 STREAM_TOKENS = 1_000_000
 STREAM_SEED = 20
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 Corpus = Mapping[str, Sequence[Document]]  # split -> documents
-
-
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of `vocab` tokens; token 0 is `<|bos|>`, then come the 256 bytes and the merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers loads and saves it; BOS also ends and pads, and is never added by itself."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS, padding_side="right", clean_up_tokenization_spaces=False
-    )
 
 
 def train_pydocs(
@@ -81,7 +62,7 @@ def train_pydocs(
             say(fitted["steps"], fitted["steps"], {"stage": "sampling the evaluation stream"})
             record["stream"] = write_stream(model, staged / STREAM, stream_tokens, recipe.context)
         write_folder(staged, model, tokenizer, record, fitted["curve"])
-        _publish(staged, out)
+        publish(staged, out)
     return record
 
 
@@ -145,8 +126,9 @@ def write_stream(model: ArceeForCausalLM, path: Path, tokens: int, context: int)
 
 
 def write_folder(
-    folder: Path, model: ArceeForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], curve: Iterable[Sequence[float]]
-) -> None:
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], curve: Iterable[Sequence[float]],
+    describe: Callable[[dict[str, Any]], str] = card,
+) -> None:  # fmt: skip
     """Write a Hugging Face folder with card, record and training curve beside the model."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -156,10 +138,10 @@ def write_folder(
         table.writerow(["step", "tokens", "train_loss", "validation_ce"])
         table.writerows([step, tokens, f"{loss:.5f}", f"{ce:.5f}"] for step, tokens, loss, ce in curve)
     write_json(record, folder / "training.json")
-    write_text(card(record), folder / "README.md")
+    write_text(describe(record), folder / "README.md")
 
 
-def _publish(staged: Path, out: Path) -> None:
+def publish(staged: Path, out: Path) -> None:
     """Move finished files into a folder one by one, so that none is ever half-written there."""
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(staged.iterdir()):

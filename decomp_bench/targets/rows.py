@@ -1,4 +1,4 @@
-"""Rows of tokens as tensors, for training and scoring the embedded target."""
+"""Rows of tokens as tensors, for training and scoring targets."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CONTEXT = 256  # tokens in a row, the leading BOS among them
 class Rows:
     """Rows of tokens: BOS, then a piece of one document, then padding.
 
-    tokens: [rows, context] int64; lengths: [rows] tokens of each row without padding (BOS counts); document: [rows] the
-    index of the document that a row was cut from. A row never mixes documents. The padding is BOS too: use `lengths`.
+    tokens: [rows, context] integers (int64 in rows that were taken); lengths: [rows] tokens of each row without padding (BOS counts);
+    document: [rows] the index of the document that a row was cut from. A row never mixes documents. The padding is BOS too: use `lengths`.
     """
 
     tokens: Tensor
@@ -35,7 +35,11 @@ class Rows:
         """Some of the rows, cut to the longest among them."""
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(index) else 0
-        return Rows(self.tokens[index, :longest], lengths, self.document[index])
+        return Rows(self.tokens[index, :longest].long(), lengths, self.document[index])
+
+    def to(self, device: torch.device) -> Rows:
+        """The rows on another device."""
+        return Rows(self.tokens.to(device), self.lengths.to(device), self.document.to(device))
 
     def head(self, n: int) -> Rows:
         """The first rows."""
@@ -43,7 +47,7 @@ class Rows:
 
     def predicted(self) -> Tensor:
         """[rows, width - 1] bool: which tokens after the BOS are real, hence predicted and scored."""
-        return torch.arange(1, self.tokens.shape[1]) < self.lengths[:, None]
+        return torch.arange(1, self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     @property
     def n_predicted(self) -> int:

@@ -1,4 +1,4 @@
-"""Toy targets that are trained in seconds: residual MLPs that compute many features in few neurons."""
+"""Toy targets by name: two small residual MLPs that are trained in a second, here, and those with a known truth, in `toys`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from decomp_bench.errors import UserError
 from decomp_bench.targets.base import Architecture, TargetModel
+from decomp_bench.targets.toys import TOYS as KNOWN
 
 # name -> (features, residual width, neurons a layer, layers, probability that a feature is active, training steps)
 TOYS = {"resid_mlp1": (20, 12, 10, 1, 0.1, 600), "resid_mlp2": (20, 12, 6, 2, 0.1, 600)}
@@ -58,10 +59,17 @@ def sparse_features(rows: int, features: int, probability: float, generator: tor
 
 
 def load_toy(name: str, uri: str, device: str | torch.device) -> TargetModel:
-    """Train a toy target from its name `NAME@SEED`; the same name gives the same weights. Raises UserError for an unknown name."""
+    """A toy target by its name `NAME@SEED`; the same name gives the same weights.
+
+    Raises UserError for an unknown name, and for a seed whose training did not reach the published solution.
+    """
     kind, _, seed = name.partition("@")
-    if kind not in TOYS or (seed and not seed.isdigit()):
-        raise UserError(f"unknown toy '{name}'; known: {', '.join(f'toy:{toy}' for toy in TOYS)}, with @SEED if wanted")
+    if kind not in (*TOYS, *KNOWN) or (seed and not seed.isdigit()):
+        raise UserError(f"unknown toy '{name}'; known: {', '.join(f'toy:{toy}' for toy in (*TOYS, *KNOWN))}, with @SEED if wanted")
+    if kind in KNOWN:
+        from decomp_bench.targets.toys.library import load_known
+
+        return load_known(kind, int(seed) if seed else None, uri, device)
     features, width, neurons, layers, probability, steps = TOYS[kind]
     generator = torch.Generator().manual_seed(int(seed or 0))
     model = ResidualMLP(features, width, neurons, layers, generator)

@@ -1,4 +1,4 @@
-"""Training of the embedded target: model, optimisers, data order and the loop. One thread, so that it repeats bit for bit."""
+"""Training of small language models: weights, optimisers, data order and the loop. On one thread it repeats bit for bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ArceeConfig, ArceeForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 from decomp_bench.targets.muon import Muon
 from decomp_bench.targets.rows import CONTEXT, Rows, batches
@@ -64,24 +66,34 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def new_model(recipe: Recipe, seed: int) -> ArceeForCausalLM:
-    """A model with freshly drawn weights: N(0, 0.02), the two projections into the residual stream narrower by sqrt(2 layers)."""
-    config = ArceeConfig(
+def arcee_config(recipe: Recipe, bos: int = 0, eos: int = 0, pad: int | None = 0) -> ArceeConfig:
+    """The LlamaSimpleMLP of the parameter-decomposition papers as transformers knows it; the tokens are those of its tokenizer."""
+    return ArceeConfig(
         vocab_size=recipe.vocab, hidden_size=recipe.hidden, num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads, intermediate_size=recipe.intermediate, hidden_act="gelu_new", tie_word_embeddings=True,
-        attention_bias=False, mlp_bias=False, max_position_embeddings=recipe.max_position, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        attention_bias=False, mlp_bias=False, max_position_embeddings=recipe.max_position,
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
-    model = ArceeForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * recipe.layers) if narrow else 0.02
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def new_model(recipe: Recipe, seed: int) -> ArceeForCausalLM:
+    """A LlamaSimpleMLP with freshly drawn weights."""
+    model = ArceeForCausalLM(arcee_config(recipe)).float()
+    draw(model, recipe.layers, seed)
     return model
+
+
+@torch.no_grad()
+def draw(model: PreTrainedModel, layers: int, seed: int) -> None:
+    """Fresh weights: N(0, 0.02), the two projections into the residual stream narrower by sqrt(2 layers), norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        narrow = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
+        std = 0.02 / math.sqrt(2 * layers) if narrow else 0.02
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -107,26 +119,31 @@ class _HeadLoss(torch.autograd.Function):
         return grads[0] * grad_hidden, grads[0] * grad_weight, None
 
 
-def loss_of(model: ArceeForCausalLM, batch: Rows) -> Tensor:
+def loss_of(model: PreTrainedModel, batch: Rows) -> Tensor:
     """Mean cross-entropy of the scored tokens of a batch, nats per token."""
     scored = batch.predicted()
-    hidden = model.model(batch.tokens[:, :-1], use_cache=False).last_hidden_state
-    return _HeadLoss.apply(hidden[scored], model.lm_head.weight, batch.tokens[:, 1:][scored])  # type: ignore[return-value]
+    hidden = model.base_model(batch.tokens[:, :-1], use_cache=False).last_hidden_state
+    return _HeadLoss.apply(hidden[scored], model.get_output_embeddings().weight, batch.tokens[:, 1:][scored])  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def cross_entropy(model: nn.Module, rows: Rows, size: int = 32) -> float:
     """Mean cross-entropy of a causal language model on the scored tokens of some rows, nats per token."""
     total = 0.0
+    device = next(model.parameters()).device
     for batch in batches(rows, size):
+        batch = batch.to(device)
         scored = batch.predicted()
         logits = model(batch.tokens[:, :-1], use_cache=False).logits[scored]
         total += float(F.cross_entropy(logits.float(), batch.tokens[:, 1:][scored], reduction="sum").double())
     return total / rows.n_predicted
 
 
-def plan(rows: Rows, tokens: int, recipe: Recipe, seed: int) -> list[Tensor]:
-    """The row indices of every step: whole passes over shuffled rows, sorted by length inside a window, until `tokens` are seen."""
+def plan(rows: Rows, tokens: int, recipe: Recipe, seed: int, most: int | None = None) -> list[Tensor]:
+    """The row indices of every step: whole passes over shuffled rows, sorted by length inside a window, until `tokens` are seen.
+
+    `most` is a number of steps at which it ends in any case.
+    """
     generator = torch.Generator().manual_seed(1_000_003 + seed)  # not the stream that drew the weights
     steps: list[Tensor] = []
     seen = 0
@@ -138,7 +155,7 @@ def plan(rows: Rows, tokens: int, recipe: Recipe, seed: int) -> list[Tensor]:
             for i in torch.randperm(len(groups), generator=generator).tolist():
                 steps.append(groups[i])
                 seen += int((rows.lengths[groups[i]] - 1).sum())
-                if seen >= tokens:
+                if seen >= tokens or len(steps) == most:
                     return steps
 
 
@@ -166,11 +183,18 @@ class Schedule:
         marks |= {m for i in range(2 * recipe.evaluations) if (m := round(i * horizon / recipe.evaluations / 2)) >= cooldown}
         return cls(steps, rates(len(steps), horizon, cooldown, recipe.warmup), {*marks, len(steps)})
 
+    @classmethod
+    def of_steps(cls, rows: Rows, recipe: Recipe, seed: int, steps: int) -> Schedule:
+        """So many steps, whatever tokens they see; the rate rises, then falls in a straight line to zero."""
+        marks = {round(i * steps / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
+        return cls(plan(rows, sys.maxsize, recipe, seed, steps), rates(steps, steps, steps, recipe.warmup), marks)
 
-def optimisers(model: ArceeForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+
+def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices and AdamW for embedding and norms (for all where `muon_lr` is 0)."""
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    inside = {n for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or ".h." in n)}
+    hidden = [p for n, p in model.named_parameters() if n in inside]
+    rest = [p for n, p in model.named_parameters() if n not in inside]
     if not recipe.muon_lr:
         return [torch.optim.AdamW(hidden + rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)]
     muon = Muon(hidden, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
@@ -178,20 +202,20 @@ def optimisers(model: ArceeForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
 
 
 @contextmanager
-def _training_mode(model: ArceeForCausalLM, recipe: Recipe) -> Iterator[None]:
+def _training_mode(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     """One fused kernel for gelu_new (the same function) and the recipe's threads; both put back at the end."""
     threads = torch.get_num_threads()
-    parts: list[Any] = [layer.mlp for layer in model.model.layers]
-    activations = [part.act_fn for part in parts]
+    children = [(part, name, child) for part in model.modules() for name, child in part.named_children()]
+    activations = [found for found in children if isinstance(found[2], NewGELUActivation)]
     torch.set_num_threads(recipe.threads)
-    for part in parts:
-        part.act_fn = nn.GELU(approximate="tanh")
+    for part, name, _ in activations:
+        setattr(part, name, nn.GELU(approximate="tanh"))
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        for part, activation in zip(parts, activations, strict=True):
-            part.act_fn = activation
+        for part, name, activation in activations:
+            setattr(part, name, activation)
 
 
 def _checkpoint(path: Path, **state: Any) -> None:
@@ -201,29 +225,35 @@ def _checkpoint(path: Path, **state: Any) -> None:
 
 
 def fit(train: Rows, validation: Rows, recipe: Recipe, seed: int, checkpoint: Path, progress: Progress) -> tuple[ArceeForCausalLM, dict]:
-    """Train a model; a checkpoint that is there is continued, to the same weights.
-
-    Returns the model and a record: curve (rows of step, tokens, train_loss, validation_ce), steps, tokens, seconds.
-    """
+    """Train a LlamaSimpleMLP by its recipe's schedule; returns the model and the record of `fit_model`."""
     model = new_model(recipe, seed)
+    return model, fit_model(model, Schedule.of(train, recipe, seed), train, validation, recipe, checkpoint, progress)
+
+
+def fit_model(
+    model: PreTrainedModel, schedule: Schedule, train: Rows, validation: Rows, recipe: Recipe, checkpoint: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train a model on the device that it is on; a checkpoint that is there is continued, to the same weights.
+
+    Returns a record: curve (rows of step, tokens, train_loss, validation_ce), steps, tokens, seconds.
+    """
     optims = optimisers(model, recipe)
     peaks = [[group["lr"] for group in o.param_groups] for o in optims]
-    schedule = Schedule.of(train, recipe, seed)
     picked = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[: recipe.evaluation_rows]
     sample = validation.take(picked.sort().values)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "curve": []}
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=model.device)
         model.load_state_dict(state.pop("model"))
         for o, saved in zip(optims, state.pop("optims"), strict=True):
             o.load_state_dict(saved)
     with _training_mode(model, recipe):
         _loop(model, optims, peaks, schedule, train, sample, state, recipe, checkpoint, progress)
-    return model, {**{k: state[k] for k in ("curve", "tokens", "seconds")}, "steps": len(schedule.rows)}
+    return {**{k: state[k] for k in ("curve", "tokens", "seconds")}, "steps": len(schedule.rows)}
 
 
 def _loop(
-    model: ArceeForCausalLM, optims: list[torch.optim.Optimizer], peaks: list[list[float]], schedule: Schedule, train: Rows, sample: Rows,
+    model: PreTrainedModel, optims: list[torch.optim.Optimizer], peaks: list[list[float]], schedule: Schedule, train: Rows, sample: Rows,
     state: dict[str, Any], recipe: Recipe, checkpoint: Path, progress: Progress,
 ) -> None:  # fmt: skip
     began, saved, steps = time.perf_counter() - state["seconds"], time.perf_counter(), len(schedule.rows)
@@ -231,7 +261,7 @@ def _loop(
         state["curve"].append([0, 0, math.log(recipe.vocab), cross_entropy(model, sample)])
     for step in range(state["step"], steps):
         batch = train.take(schedule.rows[step])
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch.to(model.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for o, peak in zip(optims, peaks, strict=True):

@@ -56,6 +56,16 @@ def test_rows_keep_their_points_together_and_leave_out_first_positions(lm):
     assert not (batch.clean["1.mlp.in"] == first).all(-1).any()
 
 
+def test_going_over_the_text_again_is_said_and_in_another_order(lm):
+    _, source = lm
+    stream = SequenceStream(source, POINTS, 16)
+    tokens = int((source.rows("train").length - 1).sum())
+    stream.batch(stream.per_epoch - 1)
+    with pytest.warns(UserWarning, match=f"train split has {tokens:,} tokens, fewer than are asked for"):
+        again = stream.batch(stream.per_epoch)
+    assert not torch.equal(again.x, stream.batch(0).x)
+
+
 def test_a_batch_larger_than_a_block_is_one_line(lm):
     with pytest.raises(UserError, match="make one smaller"):
         ActivationStream(lm[1], POINTS, 10**6).batch(0)

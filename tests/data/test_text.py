@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 
 import numpy as np
@@ -11,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decomp_bench.config import DataConfig
+from decomp_bench.data.corpus import open_corpus
 from decomp_bench.data.documents import Document
+from decomp_bench.data.local import read_documents
 from decomp_bench.data.sources import open_source
-from decomp_bench.data.text import SHORTEST_ROW, read_documents, split_of, to_rows
+from decomp_bench.data.text import SHORTEST_ROW, Tokens, packed_rows, split_of, to_rows
 from decomp_bench.errors import UserError
 from tests.conftest import tiny_tokenizer
 
@@ -30,15 +34,95 @@ def test_shares_of_the_splits():
     assert found.count("validation") / 4000 == pytest.approx(0.05, abs=0.015)
 
 
+def written(folder, texts) -> dict[str, str]:
+    """The same texts as a file of every kind; a column `other` stands beside them."""
+    records = [{"text": text, "other": "x"} for text in texts]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "lines.json").write_text(lines)
+    (folder / "list.json").write_text(json.dumps(records))
+    (folder / "plain.json").write_text(json.dumps(texts))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pd.DataFrame(records).to_parquet(folder / "a.parquet")
+    pd.DataFrame(records).to_csv(folder / "a.csv", index=False)
+    pd.DataFrame(records).to_csv(folder / "b.csv.gz", index=False)
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
 def test_the_same_text_in_every_format(tmp_path):
-    texts = ["one story", "another story", "a third"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "a.parquet")
-    names = {kind: [d.name for d in read_documents(str(tmp_path / f"a.{kind}"), "text")] for kind in ("jsonl", "parquet")}
-    assert names["jsonl"] == names["parquet"]
+    texts = ["one story,\nwith a comma", "another \u2028 story", "007", "nan"]
+    found = {name: [d.text for d in read_documents(path, "text")] for name, path in written(tmp_path, texts).items()}
+    assert len(found) == 8
+    assert all(value == texts for value in found.values()), found
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
     assert [d.text for d in read_documents(str(tmp_path / "a.txt"), "text")] == ["\n\n".join(texts)]
-    assert len(read_documents(str(tmp_path), "text")) == 7
+
+
+def test_folders_and_globs(tmp_path, monkeypatch):
+    written(tmp_path, ["one", "two", "three"])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "more.jsonl").write_text('{"text": "four"}\n')
+    assert len(read_documents(str(tmp_path), "text")) == 5 * 3 + 1  # a .json file is named itself
+    assert len(read_documents(str(tmp_path / "*.json*"), "text")) == 5 * 3
+    assert [d.text for d in read_documents(str(tmp_path / "**" / "more.jsonl"), "text")] == ["four"]
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert [d.label for d in read_documents("$PLACE/b.jsonl.gz", "text")] == ["b", "b", "b"]
+    assert open_corpus(DataConfig(source=str(tmp_path / "*.jsonl"))).name == tmp_path.name
+    with pytest.raises(UserError, match="no data at"):
+        read_documents(str(tmp_path / "*.nothing"), "text")
+
+
+def test_empty_documents_are_skipped_and_counted_and_limits_and_case_hold(tmp_path):
+    texts = ["One", "", None, "  ", "Two", "Three"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = str(tmp_path / "a.jsonl")
+    with pytest.warns(UserWarning, match="3 of 6 documents are empty"):
+        assert [record.content for record in open_corpus(DataConfig(source=source)).read()] == ["One", "Two", "Three"]
+    limited = open_corpus(DataConfig(source=source, documents=5, lower=True))
+    with pytest.warns(UserWarning, match="3 of 5"):
+        assert [record.content for record in limited.read()] == ["one", "two"]
+
+
+def test_the_key_of_a_corpus_follows_its_files_and_what_is_read_of_them(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    keys = [open_corpus(DataConfig(source=str(tmp_path / "a.txt"), lower=lower)).key for lower in (None, True)]
+    (tmp_path / "a.txt").write_text("other text")
+    keys.append(open_corpus(DataConfig(source=str(tmp_path / "a.txt"))).key)
+    assert len({json.dumps(key) for key in keys}) == 3
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(16, 40))
+def test_packed_rows_are_the_documents_one_after_another(sizes, context):
+    tokens, stream = Tokens(), []
+    for i, size in enumerate(sizes):
+        tokens.add(str(i), "x", [i + 1] * size)
+    for index, i in enumerate(sorted(range(len(sizes)), key=lambda i: hashlib.sha256(str(i).encode()).hexdigest())):
+        stream += [(i + 1, index)] * sizes[i] + [(0, index)]  # a separator belongs to the document that it ends
+    rows = packed_rows(tokens, context, 0)
+    found = [list(zip(ids, origin, strict=True)) for ids, origin in zip(rows.tokens.tolist(), rows.origin.tolist(), strict=True)]
+    assert sorted(found) == sorted(stream[i * context : (i + 1) * context] for i in range(len(stream) // context))
+    assert rows.length.tolist() == [context] * len(found)
+    assert rows.doc.tolist() == list(range(len(found)))  # each row is a block of the bootstrap
+
+
+def test_packing_reaches_the_source_and_its_batches(lm):
+    target, source = lm
+    packed_source = open_source(target, source.config.model_copy(update={"packing": "packed"}))
+    batch = packed_source.batch("test", np.arange(4))
+    assert (batch.length == packed_source.context).all()
+    assert batch.doc.tolist() == [0, 1, 2, 3]
+    assert packed_source.documents_in("test", 4) == 4
+    assert packed_source.hash != source.hash
+    again = open_source(target, packed_source.config).rows("test")  # from the cache
+    assert np.array_equal(again.origin, packed_source.rows("test").origin)
+
+
+def test_ids_beyond_the_vocabulary_are_one_line(lm, monkeypatch):
+    target, source = lm
+    monkeypatch.setattr("decomp_bench.data.sources._vocabulary", lambda _target: 5)
+    with pytest.raises(UserError, match="vocabulary is 0 to 4: give the model its own tokenizer") as error:
+        open_source(target, source.config).rows("train")
+    assert "\n" not in str(error.value)
 
 
 def test_rows_never_mix_documents_and_lose_nothing():
@@ -62,8 +146,11 @@ def test_rows_never_mix_documents_and_lose_nothing():
         (None, "no.jsonl", "no data at"),
         ("", "empty.jsonl", "no text in"),
         ("{broken", "broken.jsonl", "cannot read"),
-        ('{"story": "x"}', "other.jsonl", "no key 'text': set data.column"),
-        ("x", "a.csv", "data.source takes"),
+        ('{"story": "x"}', "other.jsonl", "no key 'text'; it has story: set data.column"),
+        ("x", "a.doc", "data.source takes"),
+        ("story\nx", "a.csv", "no column 'text'; it has story: set data.column"),
+        ("[1, 2]", "a.json", "has no key 'text'; it has a int"),
+        ("x", "a.jsonl.gz", "cannot read"),
         ("not parquet", "a.parquet", "cannot read"),
     ],
 )

@@ -255,3 +255,26 @@ def test_files_that_are_missing_or_are_no_state_dict_are_refused(lm, tmp_path):
     torch.save({"model": print}, tmp_path / "model_4.pth")
     with pytest.raises(UserError, match="not a state dict"):
         read(str(tmp_path), target)
+
+
+def test_an_imported_run_is_scored_like_any_other(tiny_arcee, lm, tmp_path, monkeypatch):
+    """Through the command: a run folder whose rows say that the gates of a global network come from the clean pass."""
+    from typer.testing import CliRunner
+
+    import decomp_bench
+    from decomp_bench.cli import app
+
+    monkeypatch.setenv("DECOMP_BENCH_RUNS", str(tmp_path / "runs"))
+    target, _ = lm
+    folder = write(tmp_path / "run", *random_run("global_shared_transformer", target, places_of(target)))
+    settings = (f"data.source={tiny_arcee / 'text.jsonl'}", "eval.tokens=300", "eval.bootstrap=2", "eval.sweep=false")
+    options = ["--target", f"hf:{tiny_arcee}", "--device", "cpu", *(word for one in settings for word in ("--set", one))]
+    for kind in ("vpd", "spd"):
+        done = CliRunner().invoke(app, ["import", folder, "--from", kind, *options])
+        assert done.exit_code == 0, done.output
+    run = done.output.rsplit("decomp-bench eval ", 1)[1].strip()
+    assert CliRunner().invoke(app, ["eval", run]).exit_code == 0
+    rows = decomp_bench.load_run(run).results()
+    kl = rows[(rows.metric == "kl") & (rows.site == "all")]
+    assert set(kl[kl.applicable == "yes"].gates) == {"clean"}
+    assert kl[kl.gates == "self"].reason.str.contains("runs after its site").all()

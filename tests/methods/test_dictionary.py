@@ -15,7 +15,7 @@ from decomp_bench.registry import method
 from decomp_bench.targets.base import Architecture, TargetModel
 from decomp_bench.targets.toy import ResidualMLP
 
-ACTIVATIONS = ["relu", "topk", "batchtopk", "jumprelu"]
+ACTIVATIONS = ["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "groupmax"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -31,7 +31,8 @@ def target(width: int = 12, layers: int = 2) -> TargetModel:
 
 def make(name: str, width: int = 12, layers: tuple[int, ...] = (0, 1), seed: int = 0, **config) -> Decomposer:
     kind = method(name)
-    chosen = {"features": 32, "k": 3, "batch": 64, "calibration": 1024, **config}
+    k = 4 if config.get("activation") == "groupmax" else 3  # groups of equal size
+    chosen = {"features": 32, "k": k, "batch": 64, "calibration": 1024, **config}
     return kind(parse(kind.Config, chosen, name), target(width, max(layers) + 1), layers, seed)
 
 
@@ -123,7 +124,7 @@ def test_the_loss_is_that_of_encode_and_decode_with_the_same_gradients(name, act
         torch.testing.assert_close(gradient, dict(decomposer.named_parameters())[key].grad, atol=1e-6, rtol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated"])
 def test_dense_and_sparse_steps_agree(activation, monkeypatch):
     from decomp_bench.methods import _activations
 
@@ -142,7 +143,7 @@ def test_dense_and_sparse_steps_agree(activation, monkeypatch):
 
 
 def test_jumprelu_threshold_gradients_are_those_of_the_smoothed_functions():
-    from decomp_bench.methods._activations import _Jump, _Step
+    from decomp_bench.methods._jumprelu import _Jump, _Step
 
     width, g = 0.3, generator(1)
     z = torch.rand(4000, 5, generator=g, dtype=torch.float64) * 2
@@ -156,7 +157,7 @@ def test_jumprelu_threshold_gradients_are_those_of_the_smoothed_functions():
         jump = ((z + width / 2).square() - theta.square()) / (2 * width)
         return (weight * step).sum(0), (weight * jump).sum(0)
 
-    step, jump = ((weight * f.apply(z, log_threshold.expand_as(z), width)).sum() for f in (_Step, _Jump))
+    step, jump = ((weight * f.apply(z, log_threshold.expand_as(z), width, False)).sum() for f in (_Step, _Jump))
     for index, value in enumerate((step, jump)):
         (gradient,) = torch.autograd.grad(value, log_threshold)
         h = 1e-7
@@ -196,6 +197,28 @@ def test_calibration_is_part_of_a_checkpoint(tmp_path):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("sae", {"activation": "groupmax", "k": 5}, "features=32 is no multiple of k=5"),
+        ("sae", {"activation": "relu", "k_start": 8}, "k_start and multi_k are for topk, batchtopk, matryoshka, not for relu"),
+        ("sae", {"k_start": 64}, "k_start=64 exceeds features=32"),
+        ("sae", {"activation": "gated", "penalty": "l0"}, "gated has no penalty 'l0'; it has: l1"),
+        ("sae", {"penalty": "l1"}, "batchtopk has no penalty 'l1'; it has: none"),
+        ("sae", {"revive": "pre_act"}, "revive=pre_act is for jumprelu"),
+        ("sae", {"activation": "gated", "decoder_rows": "free"}, "gated has unit decoder rows"),
+        ("sae", {"activation": "matryoshka", "prefixes": (0.5, 0.25)}, "prefixes must rise"),
+        ("sae", {"skip": True}, "unknown key 'skip'"),
+        ("random_directions", {"skip": True}, "unknown key 'skip'"),
+        ("transcoder", {"across_layers": True}, "unknown key 'across_layers'"),
+        ("clt", {"activation": "topk", "across_layers": True}, "across_layers is for batchtopk and matryoshka, not for topk"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(name, config, words):
+    with pytest.raises(UserError, match=words):
+        make(name, **config)
+
+
 def test_a_choice_that_the_activation_does_not_have_is_refused():
     with pytest.raises(UserError, match="no inference-time threshold"):
         make("sae").at(threshold=1.0)
@@ -205,7 +228,7 @@ def test_a_choice_that_the_activation_does_not_have_is_refused():
         make("sae", k=40)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated", "groupmax"])
 def test_a_minimum_strength_only_removes_the_weaker_ones(activation):
     data = batches()
     decomposer = fit(make("sae", activation=activation), data, steps=20)
@@ -361,29 +384,45 @@ def test_every_step_names_the_same_terms(activation):
     assert {"l0", "dead"} <= decomposer.step_statistics().keys()
 
 
-def test_codes_and_reconstructions_agree_with_sae_lens():
-    from sae_lens.saes import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+@pytest.mark.parametrize(
+    ("activation", "rows"),
+    [*((name, "unit") for name in ACTIVATIONS if name != "groupmax"), ("topk", "free"), ("batchtopk", "free"), ("jumprelu", "free")],
+)
+def test_codes_and_reconstructions_agree_with_sae_lens(activation, rows):
+    from sae_lens.saes import (
+        GatedSAE,
+        GatedSAEConfig,
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+        TopKSAE,
+        TopKSAEConfig,
+    )
 
     data = batches(rows=128)
-    for activation in ACTIVATIONS:
-        ours = fit(make("sae", layers=(0,), activation=activation), data, steps=60)
-        site, plain = ours.sites[0], ours.folded(ours.sites[0])
-        sizes = {"d_in": 12, "d_sae": 32, "apply_b_dec_to_input": False}
-        peers = {
-            "relu": lambda s=sizes: StandardSAE(StandardSAEConfig(**s)),
-            "topk": lambda s=sizes: TopKSAE(TopKSAEConfig(k=3, **s)),
-        }
-        peer = peers.get(activation, lambda s=sizes: JumpReLUSAE(JumpReLUSAEConfig(**s)))()
-        weights = {"W_enc": plain["W_enc"].T, "b_enc": plain["b_enc"], "W_dec": plain["W_dec"], "b_dec": plain["b_dec"]}
-        if activation == "batchtopk":  # sae-lens saves its own as jumprelu with one threshold
-            weights["threshold"] = ours.coder(site).activation.threshold(3).expand(32)
-        elif activation == "jumprelu":
-            weights["threshold"] = ours.coder(site).activation.log_threshold.exp()
-        peer.load_state_dict({key: value.detach().contiguous() for key, value in weights.items()})
-        batch = next(data)
-        y = batch.clean["0.mlp.out"]
-        codes = ours.encode(batch.clean)
-        theirs = peer.encode(y)
-        assert torch.equal(codes["0"].active, theirs > 0), activation
-        torch.testing.assert_close(codes["0"].value, theirs.to_dense(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours.decode(codes, "0.mlp.out", batch.clean), peer.decode(theirs), atol=1e-5, rtol=1e-5)
+    ours = fit(make("sae", layers=(0,), activation=activation, decoder_rows=rows), data, steps=60)
+    site, plain = ours.sites[0], ours.folded(ours.sites[0])
+    sizes = {"d_in": 12, "d_sae": 32, "apply_b_dec_to_input": False}
+    peers = {
+        "relu": lambda: StandardSAE(StandardSAEConfig(**sizes)),
+        "topk": lambda: TopKSAE(TopKSAEConfig(k=3, **sizes)),
+        "gated": lambda: GatedSAE(GatedSAEConfig(**sizes)),
+    }
+    peer = peers.get(activation, lambda: JumpReLUSAE(JumpReLUSAEConfig(**sizes)))()
+    weights = {**plain, "W_enc": plain["W_enc"].T}
+    if activation in ("batchtopk", "matryoshka"):  # sae-lens saves its own as jumprelu with one threshold
+        weights["threshold"] = ours.coder(site).activation.threshold(3).expand(32)
+    elif activation == "jumprelu":
+        weights["threshold"] = ours.coder(site).activation.log_threshold.exp()
+    elif activation == "gated":
+        weights["b_gate"] = weights.pop("b_enc")
+    peer.load_state_dict({key: value.detach().contiguous() for key, value in weights.items()})
+    batch = next(data)
+    y = batch.clean["0.mlp.out"]
+    codes = ours.encode(batch.clean)
+    theirs = peer.encode(y)
+    assert torch.equal(codes["0"].active, theirs > 0)
+    assert codes["0"].active.any()
+    torch.testing.assert_close(codes["0"].value, theirs.to_dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(codes, "0.mlp.out", batch.clean), peer.decode(theirs), atol=1e-5, rtol=1e-5)

@@ -86,9 +86,9 @@ def test_identity_follows_the_weights(tiny_arcee, tmp_path):
     first, second = targets.load(f"hf:{tiny_arcee}"), targets.load(f"hf:{tiny_arcee}")
     assert first.identity == second.identity
     second.weight("0.mlp.up")[0, 0] += 1
-    from decomp_bench.targets.base import identity
+    from decomp_bench.targets.base import identity_of
 
-    assert identity(second.module) != first.identity
+    assert identity_of(second.module) != first.identity
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def test_identity_follows_the_weights(tiny_arcee, tmp_path):
         ("hf:nobody/nothing", "without network give a local folder"),
         ("pydocs-5l", "did you mean 'pydocs-4l'"),
         ("toy:tms", "unknown toy"),
+        ("llama-simple-mpl:folder", "did you mean 'llama-simple-mlp:FOLDER'.*hf:FOLDER, tl:FOLDER, llama-simple-mlp:FOLDER"),
     ],
 )
 def test_a_wrong_target_is_one_line_that_names_the_fix(uri, says):
@@ -114,9 +115,17 @@ def test_a_broken_or_unsupported_folder_is_one_line(tiny_arcee, tmp_path):
     assert "\n" not in str(error.value)
     other = shutil.copytree(tiny_arcee, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(UserError, match="architecture 'gpt2' is not supported"):
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "olmo", "architectures": ["OlmoForCausalLM"]}))
+    with pytest.raises(UserError, match="architecture 'olmo' is not known; name its module paths") as error:
         targets.load(f"hf:{other}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_listing_names_every_scheme():
+    schemes = {row["uri"].partition(":")[0] for row in targets.known() if ":" in row["uri"]}
+    assert schemes == {"hf", "tl", "toy", *targets.SIMPLE}
+    about = next(row["about"] for row in targets.known() if row["uri"].startswith("hf:"))
+    assert "gpt_neox" in about
 
 
 def test_a_layer_that_is_not_there(lm):

@@ -1,0 +1,212 @@
+"""Alternating turns of training steps: this project's dictionaries beside other libraries', on the same activations in one run."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import PositiveInt
+
+from decomp_bench.config import Config, parse
+from decomp_bench.errors import RunFailed
+from decomp_bench.files import write_json
+
+from .environments import python_of
+from .figure import draw
+
+WORKERS = Path(__file__).resolve().parent / "workers"
+OURS = "decomp_bench"
+ARCHITECTURES = {
+    OURS: {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka", "groupmax"},
+    "sae_lens": {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka"},
+    "dictionary_learning": {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka"},
+    "sparsify": {"topk", "groupmax"},
+}
+FILES = {OURS: "ours.py", **{name: f"peer_{name}.py" for name in ARCHITECTURES if name != OURS}}
+
+
+class Settings(Config):
+    width: PositiveInt
+    features: PositiveInt
+    k: PositiveInt
+    batch: PositiveInt
+    threads: PositiveInt
+    precision: str
+    rows: PositiveInt
+    warmup: PositiveInt
+    steps: PositiveInt
+    turns: PositiveInt
+    architectures: tuple[str, ...]
+    peers: tuple[str, ...]
+    quality_steps: int
+    quality_lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+def main(settings: dict, folder: Path) -> None:
+    """Measure, write rates.csv, quality.csv, machine.json and the figure, and print both tables."""
+    chosen = parse(Settings, settings, "016 settings")
+    libraries = [OURS, *chosen.peers]
+    pythons = {name: python_of(name) for name in libraries}
+    with tempfile.TemporaryDirectory() as temporary:
+        activations = Path(temporary) / "activations.npy"
+        np.save(activations, planted(chosen))
+        gemm = gemm_rate(chosen)
+        rates = pd.concat([speed(name, libraries, pythons, chosen, activations) for name in chosen.architectures], ignore_index=True)
+        encoder = 2 * chosen.batch * chosen.width * chosen.features / gemm
+        rates["gemm_share"] = encoder / rates["seconds"]
+        rates.to_csv(folder / "rates.csv", index=False)
+        write_json({"settings": chosen.model_dump(), "gemm_flops_per_s": gemm, "torch": torch.__version__}, folder / "machine.json")
+        table = summary(rates, chosen)
+        table.to_csv(folder / "summary.csv", index=False)
+        print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        if chosen.quality_steps:
+            found = quality(libraries, pythons, chosen, activations)
+            found.to_csv(folder / "quality.csv", index=False)
+            print(best(found).to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    draw(table, chosen.model_dump(), folder)
+
+
+def planted(chosen: Settings) -> np.ndarray:
+    """Rows that are sparse sums of Zipf-frequent directions in superposition, with a little noise."""
+    draws = np.random.default_rng(0)
+    n = 8 * chosen.width
+    directions = draws.standard_normal((n, chosen.width)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    often = 1 / np.arange(1, n + 1) ** 0.8
+    often = np.minimum(0.5, often * 0.75 * chosen.k / often.sum())
+    rows = []
+    for start in range(0, chosen.rows, 4096):
+        size = min(4096, chosen.rows - start)
+        on = draws.random((size, n), dtype=np.float32) < often
+        strength = on * (0.5 + draws.standard_exponential((size, n), dtype=np.float32))
+        rows.append(strength @ directions + 0.05 * draws.standard_normal((size, chosen.width)).astype(np.float32))
+    return np.concatenate(rows).astype(np.float32)
+
+
+def gemm_rate(chosen: Settings) -> float:
+    """FLOP/s of this machine's own fp32 product of the encoder's shape, best of ten."""
+    torch.set_num_threads(chosen.threads)
+    a, b = torch.randn(chosen.batch, chosen.width), torch.randn(chosen.width, chosen.features)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * chosen.batch * chosen.width * chosen.features / min(times)
+
+
+class Worker:
+    """A process that trains one library's dictionary when told."""
+
+    def __init__(self, library: str, python: str, job: dict) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        (self.folder / "job.json").write_text(json.dumps(job))
+        threads = str(job["threads"])
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WANDB_MODE": "disabled"}
+        self.library, self.errors = library, (self.folder / "errors.txt").open("w+")
+        command = [python, str(WORKERS / FILES[library]), str(self.folder / "job.json")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
+        self._answer()
+
+    def ask(self, line: str) -> dict:
+        """Send a line and wait for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        self.errors.seek(0)
+        reason = (self.errors.read().strip().splitlines() or ["it ended without a word"])[-1]
+        raise RunFailed(f"the worker of {self.library} stopped: {reason}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.errors.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def job_of(chosen: Settings, architecture: str, activations: Path, total: int, seed: int = 0, lr: float | None = None) -> dict:
+    shared = chosen.model_dump(include={"width", "features", "k", "batch", "threads", "precision"})
+    held_out = min(8192, chosen.rows // 8)
+    own = {"architecture": architecture, "activations": str(activations), "held_out": held_out, "total": total, "seed": seed, "lr": lr}
+    return {**shared, **own}
+
+
+def speed(architecture: str, libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
+    """Seconds a step of every library that has the architecture: one row for each turn; turns alternate."""
+    total = 100 * (chosen.warmup + chosen.turns * chosen.steps)  # so that nothing of a run's end falls into a turn
+    having = [name for name in libraries if architecture in ARCHITECTURES[name]]
+    workers = {name: Worker(name, pythons[name], job_of(chosen, architecture, activations, total)) for name in having}
+    rows = []
+    try:
+        for worker in workers.values():
+            worker.ask(f"train {chosen.warmup}")
+        for turn in range(chosen.turns):
+            for name in having if turn % 2 == 0 else having[::-1]:
+                cost = workers[name].ask(f"train {chosen.steps}")
+                seconds = (cost["cpu"] if chosen.threads == 1 else cost["wall"]) / chosen.steps
+                row = {"architecture": architecture, "library": name, "turn": turn, "seconds": seconds, "memory_mb": cost["memory_mb"]}
+                rows.append(row)
+                print(f"{architecture:12} turn {turn + 1}/{chosen.turns}  {name:20} {chosen.batch / seconds:10,.0f} tokens/s", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return pd.DataFrame(rows)
+
+
+def summary(rates: pd.DataFrame, chosen: Settings) -> pd.DataFrame:
+    """Rates from the fastest turn, and how many times faster this project is, as the median over turns of paired ratios."""
+    rows = []
+    for (architecture, library), own in rates.groupby(["architecture", "library"], sort=False):
+        ours = rates[(rates["architecture"] == architecture) & (rates["library"] == OURS)].set_index("turn")["seconds"]
+        ratio = (own.set_index("turn")["seconds"] / ours).quantile([0.0, 0.5, 1.0]).tolist() if len(ours) else [float("nan")] * 3
+        fastest = own["seconds"].min()
+        rows.append({"architecture": architecture, "library": library, "tokens_per_s": chosen.batch / fastest, "ms_per_step": 1e3 * fastest,
+                     "gemm_share": own["gemm_share"].max(), "memory_mb": own["memory_mb"].max(),
+                     "ours_times_faster": ratio[1], "least": ratio[0], "most": ratio[2]})
+    return pd.DataFrame(rows)
+
+
+def quality(libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
+    """FVU on held-out rows after equal tokens: every library at its default rate, peers also at the others."""
+    rows = []
+    for architecture in chosen.architectures:
+        for name in (library for library in libraries if architecture in ARCHITECTURES[library]):
+            for lr in [None] if name == OURS else [None, *chosen.quality_lrs]:
+                for seed in chosen.seeds:
+                    worker = Worker(name, pythons[name], job_of(chosen, architecture, activations, chosen.quality_steps, seed, lr))
+                    worker.ask(f"train {chosen.quality_steps}")
+                    score = worker.ask("score")
+                    worker.close()
+                    row = {"architecture": architecture, "library": name, "lr": str(lr or "default"), "seed": seed, **score}
+                    rows.append(row)
+                    print(f"{architecture:12} {name:20} lr {row['lr']}  seed {seed}  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}", flush=True)
+    return pd.DataFrame(rows)
+
+
+def best(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of each library at its best rate, and the paired ratio of FVUs, peer to this project."""
+    means = found.groupby(["architecture", "library", "lr"], sort=False)["fvu"].mean().reset_index()
+    chosen = means.loc[means.groupby(["architecture", "library"], sort=False)["fvu"].idxmin()]
+    rows = []
+    for entry in chosen.to_dict("records"):
+        same = (found["architecture"] == entry["architecture"]) & (found["library"] == entry["library"]) & (found["lr"] == entry["lr"])
+        ours = found[(found["architecture"] == entry["architecture"]) & (found["library"] == OURS)].set_index("seed")["fvu"]
+        ratio = found[same].set_index("seed")["fvu"] / ours
+        rows.append({**entry, "fvu_over_ours": ratio.mean(), "least": ratio.min(), "most": ratio.max(), "seeds": len(ratio)})
+    return pd.DataFrame(rows)
