@@ -45,7 +45,11 @@ def test_a_file_imports_only_what_its_room_may(path: Path):
         assert not {n for n in names if n.startswith(("decomp_bench.runs", "decomp_bench.cli", "decomp_bench.experiment"))}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(ROOT).parts[0] in ("decomp_bench", "analysis")], ids=lambda p: p.name)
+FORMATS = ROOT / "decomp_bench" / "interop" / "__init__.py"  # names tools, some of which a method is named after
+NAMELESS = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("decomp_bench", "analysis") and p != FORMATS]
+
+
+@pytest.mark.parametrize("path", NAMELESS, ids=lambda p: p.name)
 def test_no_method_is_named_outside_methods(path: Path):
     """Method names as string constants would be method-specific branches; docstrings may name examples, and a tool's format its tool."""
     tree = ast.parse(path.read_text())

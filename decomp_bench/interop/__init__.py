@@ -34,6 +34,8 @@ FORMATS: dict[str, Format] = {
     ),
     "npz": Format("npz", True, True, "Gemma-Scope-style params.npz; give --reads in or out"),
     "nn_decompositions": Format("nn_decompositions", True, False, "nn_decompositions: a folder of encoder.pt and config.json"),
+    "spd": Format("spd", True, False, "SPD (the paper's code and later): a folder of final_config.yaml and model_STEP.pth, or wandb:..."),
+    "vpd": Format("spd", True, False, "VPD (param-decomp while it was torch): the same files"),
     "hub": Format("hub", True, True, "a run of this suite as a Hugging Face repository with a model card; every method"),
     "saebench": Format(
         "saebench", False, True, "a run's results as SAEBench core JSON, a file for each layer; every method on a language model"

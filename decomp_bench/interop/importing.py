@@ -72,9 +72,11 @@ def _decomposer(
     """The decomposition in the files, and their hashes."""
     module, coders, used = format_named(kind, "import").load(), [], dict[str, str]()
     if hasattr(module, "read_run"):
-        if len(sources) > 1 or layers or reads:
-            raise UserError(f"{kind} takes one repository or folder, and no --layers or --reads: it holds a whole run")
-        return module.read_run(sources[0], target)
+        chooses = getattr(module, "CHOOSES_LAYERS", False)
+        if len(sources) > 1 or reads or (layers and not chooses):
+            refused = "--reads" if chooses else "--layers or --reads"
+            raise UserError(f"{kind} takes one repository or folder, and no {refused}: it holds a whole run")
+        return module.read_run(sources[0], target, *([layers] if chooses else []))
     for source in sources:
         try:
             found, files = module.read(source)

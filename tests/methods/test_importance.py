@@ -1,13 +1,11 @@
-"""Causal importances: sigmoids, penalties and gate networks against the reference implementation's recorded numbers."""
+"""Causal importances: sigmoids and penalties against the reference implementation's recorded numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from decomp_bench.methods import _importance as importance_module
-from decomp_bench.methods._gates import ScalarGates, SharedGates
 from decomp_bench.methods._importance import Penalty, annealed, importances
 from tests.golden.recorded import Golden
 
@@ -92,41 +90,3 @@ def test_smooth_l0_and_its_gradient_with_chunks_padding_and_frequency(monkeypatc
     assert torch.allclose(cost, expected)
     assert torch.allclose(z.grad, by_hand.grad + straight, atol=1e-6)
     assert torch.allclose(frequency, (by_hand[:19] > 0).float().mean(0))
-
-
-@pytest.mark.parametrize("kind", ["mlp", "shared_mlp"])
-def test_gate_networks_are_the_reference_s(kind):
-    golden = Golden(f"spd_main_ci_{kind}")
-    hidden = golden.about["hidden"]
-    x, total, parameters = golden["in.x"], torch.zeros(()), {}
-    for name in MAPS:
-        weight, bias = golden[f"target.{name}.weight"], golden.tensors.get(f"target.{name}.bias")
-        V = golden[f"param.comp.{name}.V"].clone().requires_grad_()
-        n = V.shape[1]
-        generator = torch.Generator()
-        gates = ScalarGates(n, hidden, 0.0, generator) if kind == "mlp" else SharedGates(x.shape[-1], hidden, {name: n}, 0.0, generator)
-        for i in range(len(hidden) + 1):
-            W, b = (golden[f"param.ci.{name}.layers.{2 * i}.{part}"] for part in "Wb")
-            if isinstance(gates, ScalarGates):
-                places = gates.weights[i], gates.biases[i]
-            else:
-                layer = gates.out[name] if i == len(hidden) else gates.hidden[i]
-                places, W = (layer.weight, layer.bias), W.T
-            for part, place, value in zip("Wb", places, (W, b), strict=True):
-                place.data.copy_(value)
-                parameters[f"ci.{name}.layers.{2 * i}.{part}"] = (place, kind == "shared_mlp" and part == "W")
-        parameters[f"comp.{name}.V"] = (V, False)
-        logits = gates(x @ V) if isinstance(gates, ScalarGates) else gates(x, name)
-        golden.agrees(f"out.ci_logit.{name}", logits)
-        flat = logits.flatten(0, 1)
-        upstream = golden[f"in.upstream.{name}"].flatten(0, 1)
-        lower, _, _ = importances(flat, torch.ones(len(flat)), 1.0, Penalty("lp", 1.0))
-        upper = torch.where(flat > 1, 1 + 0.01 * (flat - 1), flat.clamp(0, 1))
-        golden.agrees(f"out.ci_lower.{name}", lower.view_as(logits))
-        total = total + (upstream * (lower + 0.5 * upper)).sum()
-        x = torch.relu(F.linear(x, weight, bias))
-    golden.agrees("out.test_scalar", total)
-    found = torch.autograd.grad(total, [place for place, _ in parameters.values()], allow_unused=True)
-    for (key, (place, turned)), gradient in zip(parameters.items(), found, strict=True):
-        gradient = torch.zeros_like(place) if gradient is None else gradient
-        golden.agrees(f"grad.test_scalar.{key}", gradient.T if turned else gradient)
