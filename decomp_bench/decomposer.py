@@ -163,7 +163,8 @@ class Decomposer(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     kind: ClassVar[Literal["replacement", "autoencoding"]] = "replacement"
     trainable: ClassVar[bool] = True
-    trains_on: ClassVar[Literal["activations", "sequences"]] = "activations"
+    trains_on: Literal["activations", "sequences"] = "activations"
+    """Of an instance, what its config makes it train on (`trained_on`)."""
     swept: ClassVar[tuple[str, ...]] = ()
     """Which of `k`, `threshold` and `mask` `at` accepts."""
     paper: ClassVar[str] = ""
@@ -182,6 +183,7 @@ class Decomposer(nn.Module):
         self.seed = seed
         self.choice = Choice()
         self.origin = self.label = ""
+        self.trains_on = self.trained_on(config)
         self.sites = []
         self.bind(target)
         self.build(torch.Generator().manual_seed(seed))
@@ -248,6 +250,11 @@ class Decomposer(nn.Module):
     def sweep(self) -> list[Choice]:
         """The inference-time choices that an evaluation sweeps by default."""
         return []
+
+    @classmethod
+    def trained_on(cls, config: MethodConfig) -> Literal["activations", "sequences"]:
+        """What the method trains on under a config: shuffled activation rows, or sequences with the target's output."""
+        return cls.trains_on
 
     @classmethod
     def skip(cls, target: TargetModel, layers: tuple[int, ...]) -> str | None:

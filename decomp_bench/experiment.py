@@ -265,7 +265,7 @@ def estimate(config: RunConfig) -> float:
     if not kind.trainable or own.steps == 0:
         return 10.0 + 40 * scored  # its whole curve is an inference-time sweep
     rows, passes = own.steps * own.batch, 11 if config.eval.sweep else 6
-    if kind.trains_on == "sequences":
+    if kind.trained_on(own) == "sequences":
         return 10.0 + rows * (config.data.context or 256) / 1650 + 2.5 * passes * scored
     return 10.0 + rows / 20_000 + passes * scored
 
@@ -274,7 +274,8 @@ def _apart(config: RunConfig) -> list[Any]:
     from decomp_bench.registry import method
 
     kind = method(config.method)
-    return [kind.trains_on if kind.trainable else "none", config.target, config.data.model_dump(), config.train.model_dump()]
+    own = parse(kind.Config, config.method_config, config.method)
+    return [kind.trained_on(own) if kind.trainable else "none", config.target, config.data.model_dump(), config.train.model_dump()]
 
 
 def status(plan: Plan) -> list[dict[str, Any]]:

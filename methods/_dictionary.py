@@ -17,6 +17,7 @@ from ._activations import Code
 from ._calibration import StrengthCounts
 from ._coders import Coders
 from ._dictionary_config import PAPER, SELECTING
+from ._end_to_end import rows_that_count
 from ._jumprelu import JumpReLU
 
 Terms = dict[str, Tensor]
@@ -47,17 +48,32 @@ class Dictionary(Coders):
         what the gates alone reconstruct through the frozen decoder (gated).
         """
         config = self.config
-        inputs = {site: self.coder(site).normalise(_rows(batch.clean[site.reads[0]])) for site in self.sites}
+        inputs = {site: self.coder(site).normalise(self._rows(batch, site.reads[0])) for site in self.sites}
         codes, *wide = self._codes(inputs, *self._counts(progress))
         constants = self._constants(inputs)
         *partial, totals = self._totals(constants, codes)
-        wanted = {write: self.output(write)(_rows(batch.clean[write])) for write in totals}
+        wanted = {write: self.output(write)(self._rows(batch, write)) for write in totals}
         errors = {write: F.mse_loss(total, wanted[write]) for write, total in totals.items()}
         terms = {"recon": torch.stack(list(errors.values())).sum(), **self._no_terms()}
         if partial:
             terms["nested"] = torch.stack([_error(prefix, wanted) for prefix in partial]).sum()
         if wide:
             terms["wide"] = config.multi_k * _error(self._totals(constants, wide[0])[-1], wanted)
+        return self._with_the_rest(terms, codes, inputs, constants, wanted, totals, errors, progress)
+
+    def _with_the_rest(
+        self,
+        terms: Terms,
+        codes: dict[Site, Code],
+        inputs: dict[Site, Tensor],
+        constants: dict[Point, Tensor],
+        wanted: dict[Point, Tensor],
+        totals: dict[Point, Tensor],
+        errors: dict[Point, Tensor],
+        progress: float,
+    ) -> Terms:
+        """Terms with penalties and revival added; in training, the step is counted and restarts are planned."""
+        config = self.config
         self._add_penalties(terms, codes, constants, wanted, progress)
         self._add_revival(terms, inputs, wanted, totals)
         if self.training:
@@ -65,6 +81,13 @@ class Dictionary(Coders):
             if config.revive == "resample" and self._losses % config.resample_every == 0 and progress < config.decay_from:
                 self._plan_restarts(inputs, wanted, totals)
         return terms
+
+    def _rows(self, batch: Batch, point: Point) -> Float[Tensor, "rows d"]:
+        """A clean activation at the positions that count: all of a batch of rows, the real and replaced ones of sequences."""
+        value, index = batch.clean[point], rows_that_count(batch, self.target.keeps_first)
+        if index is None:
+            return value.reshape(-1, value.shape[-1])
+        return value[:, int(self.target.keeps_first) :].flatten(0, 1).index_select(0, index)
 
     def _counts(self, progress: float) -> tuple[int | None, ...]:
         """Numbers of components to select in a step: the activation's own (None), and four times as many."""
@@ -214,16 +237,20 @@ class Dictionary(Coders):
         """Calibrate thresholds on training activations."""
         if self.config.activation not in ("batchtopk", "matryoshka"):
             return
-        rows = self._take(data)
+        inputs = self._calibration_inputs(data)
         counts = {site: StrengthCounts() for site in self.sites}
         if self.across_layers:
             counts = dict.fromkeys(self.sites, StrengthCounts())
         for site in self.sites:
-            coder = self.coder(site)
-            for part in rows[site.reads[0]].split(4096):
-                counts[site].add(coder.pre(coder.normalise(part)))
+            for part in inputs[site].split(4096):
+                counts[site].add(self.coder(site).pre(part))
         for site in self.sites:
             self.coder(site).activation.calibrate(counts[site])  # type: ignore[operator]
+
+    def _calibration_inputs(self, data: Iterator[Batch]) -> dict[Site, Float[Tensor, "rows d"]]:
+        """What each coder reads in training, normalised."""
+        rows = self._take(data)
+        return {site: self.coder(site).normalise(rows[site.reads[0]]) for site in self.sites}
 
     def _take(self, data: Iterator[Batch]) -> dict[Point, Float[Tensor, "rows d"]]:
         """Activation rows at every point for measuring and calibrating."""
@@ -232,7 +259,7 @@ class Dictionary(Coders):
         while count < self.config.calibration:
             batch = next(data)
             for point, parts in taken.items():
-                parts.append(_rows(batch.clean[point]))
+                parts.append(self._rows(batch, point))
             count += len(parts[-1])
         return {point: torch.cat(parts) for point, parts in taken.items()}
 
@@ -250,10 +277,6 @@ class Dictionary(Coders):
             coder.idle.copy_(state[f"{site.name}.idle"])
             coder.dead.copy_(state[f"{site.name}.dead"])
             coder.forget_dead_ids()
-
-
-def _rows(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "n d"]:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _error(totals: dict[Point, Tensor], wanted: dict[Point, Tensor]) -> Float[Tensor, ""]:

@@ -117,6 +117,22 @@ class TranscoderConfig(DictionaryConfig):
 
     skip: bool = False
     """Add a trained linear map from an MLP's input to its output, always on (Paulo et al. 2025)."""
+    train_on: Literal["local", "cascading", "clean", "single"] = "local"
+    """local: reconstruct each MLP's output. Else end to end: the KL divergence of the target's output with all MLPs replaced, reading
+    the replaced stream (cascading) or clean activations (clean), or averaged over replacing one at a time (single). Then a batch holds
+    sequences, `batch` is 8 and `lr` 3e-3 unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _end_to_end_defaults(cls, data: Any) -> Any:
+        end_to_end = isinstance(data, dict) and data.get("train_on", "local") != "local"
+        return {"batch": 8, "lr": 3e-3, **data} if end_to_end else data
+
+    @model_validator(mode="after")
+    def _has_one_output(self) -> TranscoderConfig:
+        if self.train_on != "local" and (self.activation == "matryoshka" or self.multi_k):
+            raise ValueError(f"train_on={self.train_on} has one output to compare: it takes neither matryoshka nor multi_k")
+        return self
 
 
 PAPER: dict[str, Any] = {

@@ -83,10 +83,18 @@ def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, l
     assert batch.x is not None
     assert batch.logits is not None
     if not decomposer.target.is_lm:
-        output = decomposer.replaced(batch, layers, gates=codes).logits
-        return (output - batch.logits).square().mean()
+        return output_error(decomposer.replaced(batch, layers, gates=codes).logits, batch, decomposer.target)
     whole = {name: value if isinstance(value, RoutedCodes) else _unflatten(value, len(batch.x)) for name, value in codes.items()}
     output = decomposer.replaced(batch, layers, gates=whole).logits
+    return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
+
+
+def output_error(output: Tensor, batch: Batch, target: TargetModel) -> Float[Tensor, ""]:
+    """KL(target || output) over the real positions that are replaced, or the mean squared error of a regression."""
+    assert batch.logits is not None
+    if not target.is_lm:
+        return (output - batch.logits).square().mean()
+    rows = rows_of(batch, target)
     return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
 
 

@@ -25,6 +25,8 @@ class CLTConfig(TranscoderConfig):
     def _selects(self) -> CLTConfig:
         if self.across_layers and self.activation not in ("batchtopk", "matryoshka"):
             raise ValueError(f"across_layers is for batchtopk and matryoshka, not for {self.activation}")
+        if self.across_layers and self.train_on != "local":
+            raise ValueError("across_layers needs all layers' codes at once, which only train_on=local has")
         return self
 
 

@@ -45,8 +45,7 @@ def test_a_file_imports_only_what_its_room_may(path: Path):
         assert not {n for n in names if n.startswith(("decomp_bench.runs", "decomp_bench.cli", "decomp_bench.experiment"))}
 
 
-FORMATS = ROOT / "decomp_bench" / "interop" / "__init__.py"  # names tools, some of which a method is named after
-NAMELESS = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("decomp_bench", "analysis") and p != FORMATS]
+NAMELESS = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("decomp_bench", "analysis")]
 
 
 @pytest.mark.parametrize("path", NAMELESS, ids=lambda p: p.name)

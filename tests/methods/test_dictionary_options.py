@@ -110,7 +110,7 @@ def test_the_largest_of_several_matrices_are_exact(hint):
 
     pres = [scale * torch.randn(50, 32, generator=generator(seed)) for seed, scale in enumerate((1.0, 2.0, 0.5))]
     found = torch.stack([support.gate() for support in top_of_batches(pres, 300, hint)])
-    together = top_of_batch(torch.cat(pres, 0), 300).gate().view(3, 50, 32)
+    together = top_of_batch(torch.cat(pres), 300).gate().view(3, 50, 32)
     assert torch.equal(found, together)
     ties = [torch.ones(4, 5), torch.ones(4, 5)]
     assert [support.index.numel() for support in top_of_batches(ties, 23)] == [20, 3]
