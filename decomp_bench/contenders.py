@@ -107,5 +107,5 @@ def tidy(rows: Iterable[dict[str, Any]]) -> Any:
     if unknown:
         raise KeyError(f"no column {', '.join(sorted(unknown))}")
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    empty = {"run": "", "site": "", "component": -1, "chosen": False, "reason": ""}
+    empty = {"run": "", "form": "", "site": "", "component": -1, "chosen": False, "reason": ""}
     return frame.fillna(empty).astype({"component": "int64", "chosen": "bool", "factor": "float64", "value": "float64"})
