@@ -241,6 +241,11 @@ def test_a_toy_is_trained_once_and_a_rejected_seed_says_which_ones_do(quick):
     with pytest.raises(UserError, match=r"represents 0 of 5 features.*toy:tms_5-2@3, toy:tms_5-2@4.*target train") as caught:
         targets.load("toy:tms_5-2@1")
     assert "\n" not in str(caught.value)
+    assert quick == [4, 3, 1]
+    with_identity = targets.load("toy:tms_5-2-id")
+    assert with_identity.maps(0) == ["0.mlp.up", "0.mlp.hidden", "0.mlp.down"]
+    x = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(with_identity(x), targets.load("toy:tms_5-2")(x))
     folder, manifest = library.train_toy("tms_5-2", 1)
     assert quick == [4, 3, 1]
     assert manifest["accepted"] is False

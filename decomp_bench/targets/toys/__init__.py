@@ -21,8 +21,8 @@ _RESID = "residual MLP of {} computing {} features in {} neurons a layer (SPD)"
 TOYS = {
     "tms_5-2": Listed("5 " + _SUPERPOSITION.format(2), "seconds", (2, 10)),
     "tms_5-2-id": Listed("5 " + _SUPERPOSITION.format(2) + ", with a fixed identity layer between", "seconds", (2, 10)),
-    "tms_40-10": Listed("40 " + _SUPERPOSITION.format(10), "two minutes", (0,)),
-    "tms_40-10-id": Listed("40 " + _SUPERPOSITION.format(10) + ", with a fixed identity layer between", "two minutes", (0,)),
+    "tms_40-10": Listed("40 " + _SUPERPOSITION.format(10), "two minutes", (0, 1)),
+    "tms_40-10-id": Listed("40 " + _SUPERPOSITION.format(10) + ", with a fixed identity layer between", "two minutes", (0, 1)),
     "resid_mlp_1l": Listed(_RESID.format("one layer", 100, 50), "seconds", (0, 1)),
     "resid_mlp_2l": Listed(_RESID.format("two layers", 100, 25), "seconds", (0, 1)),
     "resid_mlp_3l": Listed(_RESID.format("three layers", 102, 17), "two minutes", (0,)),
