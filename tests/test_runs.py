@@ -27,7 +27,8 @@ def layer_tuple(layers):
     return (0, 1) if layers == "all" else tuple(sorted(layers))
 
 
-TARGET = SimpleNamespace(uri="hf:somewhere/tiny", identity="abc", layer_tuple=layer_tuple)
+MLP = SimpleNamespace(parameters=lambda: iter([0]))
+TARGET = SimpleNamespace(uri="hf:somewhere/tiny", identity="abc", layer_tuple=layer_tuple, part=lambda _point: MLP)
 SOURCE = SimpleNamespace(name="text", hash="123")
 
 
@@ -66,17 +67,17 @@ def test_id_changes_with_what_changes_a_result(change):
 def test_ids_of_the_first_runs_stay_what_they_were(monkeypatch):
     """Keys that were added to a config later are outside the id while they are at their defaults."""
     monkeypatch.setattr("decomp_bench.metrics.metric_versions", dict)
-    target = SimpleNamespace(uri="pydocs-4l", identity="identity", layer_tuple=lambda layers: (0, 1, 2, 3))
-    first = resolved(RunConfig(method="transcoder"), target, SimpleNamespace(name="pydocs", hash="hash"))
-    assert first.id == "transcoder-pydocs-4l-all-s0-96b342eb"
-    assert first.training_key == "e31882ceea67ebaa"
-    packed = RunConfig(method="transcoder", data=DataConfig(packing="packed"))
+    target = SimpleNamespace(uri="pydocs-4l", identity="identity", layer_tuple=lambda layers: (0, 1, 2, 3), part=lambda _point: MLP)
+    first = resolved(RunConfig(method="probe_runs"), target, SimpleNamespace(name="pydocs", hash="hash"))
+    assert first.id == "probe_runs-pydocs-4l-all-s0-ae659a6a"
+    assert first.training_key == "3b7d00f210724601"
+    packed = RunConfig(method="probe_runs", data=DataConfig(packing="packed"))
     assert resolved(packed, target, SimpleNamespace(name="pydocs", hash="hash")).id != first.id
 
 
 def test_id_changes_with_corpus_target_and_versions(monkeypatch):
     assert resolved(source=SimpleNamespace(name="text", hash="124")).id != resolved().id
-    assert resolved(target=SimpleNamespace(uri="x", identity="abd", layer_tuple=layer_tuple)).id != resolved().id
+    assert resolved(target=SimpleNamespace(uri="x", identity="abd", layer_tuple=layer_tuple, part=TARGET.part)).id != resolved().id
     before = resolved()
     monkeypatch.setattr(before.method, "version", 2)
     assert resolved().id != before.id

@@ -145,7 +145,12 @@ class DrawnTokens(Source):
     def documents(self, split: str) -> list[Document]:
         raise UserError(f"{self.target.uri} has no text: what needs documents takes a language model such as pydocs-4l")
 
-    def _load(self, split: str) -> Rows:
+    def rows(self, split: str) -> Rows:
+        if split not in self._rows:
+            self._rows[split] = self._draw(split)
+        return self._rows[split]
+
+    def _draw(self, split: str) -> Rows:
         if split == "stream" or self.target.toy is None:
             raise UserError(f"{self.target.uri} has no sampled stream: eval.split=test or validation; pydocs-4l has one")
         count = DRAWN_ROWS if split == "train" else DRAWN_ROWS // 8

@@ -7,6 +7,8 @@ import pytest
 from tests.contract import test_contract
 from tests.contract.test_contract import *  # noqa: F403 - its tests run here again, on the fixtures below
 
+pytestmark = pytest.mark.slow  # two dozen trainings; test_contract runs the default of each method
+
 ACTIVATIONS = ("relu", "topk", "jumprelu", "gated", "matryoshka", "groupmax")  # batchtopk is the default, which test_contract runs
 OPTIONS = {
     "transcoder skip": ("transcoder", {"skip": True}),
