@@ -143,7 +143,8 @@ def test_a_method_is_one_file(folder, capsys):
 def test_the_contract_holds_over_a_new_method_without_an_edit(folder):
     """The project's own contract tests pick it up by name; run here on the toy."""
     (folder / f"{NAME}.py").write_text(FILE)  # its matrices are not contiguous, which a resume must not mind
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-k", f"{NAME} and toy", str(ROOT / "tests" / "contract")]
+    options = ["-p", "no:cacheprovider", "-n0", "-rs", "-k", f"{NAME} and toy"]
+    command = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "contract")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
