@@ -15,18 +15,20 @@ TOYS = {"resid_mlp1": (20, 12, 10, 1, 0.1, 600), "resid_mlp2": (20, 12, 6, 2, 0.
 
 
 class _MLP(nn.Module):
-    def __init__(self, width: int, neurons: int) -> None:
+    def __init__(self, width: int, neurons: int, bias: bool) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(width, neurons, bias=True), nn.Linear(neurons, width, bias=True)
+        self.up, self.down = nn.Linear(width, neurons, bias=bias), nn.Linear(neurons, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, neurons: int) -> None:
+class Block(nn.Module):
+    """resid + MLP(resid), with ReLU."""
+
+    def __init__(self, width: int, neurons: int, bias: bool = True) -> None:
         super().__init__()
-        self.mlp = _MLP(width, neurons)
+        self.mlp = _MLP(width, neurons, bias)
 
     def forward(self, resid: Tensor) -> Tensor:
         return resid + self.mlp(resid)
@@ -39,7 +41,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         embed = torch.randn(features, width, generator=generator)
         self.embed = nn.Parameter(embed / embed.norm(dim=1, keepdim=True), requires_grad=False)
-        self.blocks = nn.ModuleList(_Block(width, neurons) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, neurons) for _ in range(layers))
         for parameter in self.blocks.parameters():
             fan_in = parameter.shape[-1] if parameter.dim() == 2 else 1
             scale = fan_in**-0.5 if parameter.dim() == 2 else 0.0

@@ -61,7 +61,7 @@ class _Empty(nn.Module):
         return torch.zeros_like(x)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
         self.attn, self.mlp = _Attention(width, length), _Empty()
@@ -77,7 +77,7 @@ class InductionModel(nn.Module):
     def __init__(self, vocab: int, width: int, length: int) -> None:
         super().__init__()
         self.embed, self.unembed = nn.Embedding(vocab, width), nn.Linear(width, vocab, bias=False)
-        self.blocks = nn.ModuleList(_Block(width, length) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(width, length) for _ in range(2))
 
     def forward(self, input_ids: Int[Tensor, "B T"], use_cache: bool = False) -> SimpleNamespace:
         resid = self.embed(input_ids)

@@ -15,29 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.targets.base import Architecture, TargetModel
-from decomp_bench.targets.toy import sparse_features
+from decomp_bench.targets.toy import Block, sparse_features
 from decomp_bench.targets.toys.truth import PROBE, Mechanisms, Toy, Truth, responses, written
 
 BLOCK = 20
 """Steps whose data are drawn together."""
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, neurons: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, neurons, bias=False), nn.Linear(neurons, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, neurons: int) -> None:
-        super().__init__()
-        self.mlp = _MLP(width, neurons)
-
-    def forward(self, resid: Tensor) -> Tensor:
-        return resid + self.mlp(resid)
 
 
 class ResidModel(nn.Module):
@@ -47,7 +29,7 @@ class ResidModel(nn.Module):
         super().__init__()
         self.embed = nn.Parameter(weights["embed"].clone())
         neurons, width = weights["in.0"].shape
-        self.blocks = nn.ModuleList(_Block(width, neurons) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, neurons, bias=False) for _ in range(layers))
         with torch.no_grad():
             for layer, block in enumerate(self.blocks):
                 block.mlp.up.weight.copy_(weights[f"in.{layer}"])  # type: ignore[union-attr]

@@ -36,7 +36,7 @@ class _MLP(nn.Module):
         return self.down(x if self.hidden is None else self.hidden(x))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.mlp = mlp
@@ -51,7 +51,7 @@ class TMSModel(nn.Module):
     def __init__(self, weight: Float[Tensor, "hidden features"], bias: Float[Tensor, " features"], identity: bool) -> None:
         super().__init__()
         mlp = _MLP(weight.shape[1], weight.shape[0], identity)
-        self.blocks = nn.ModuleList([_Block(mlp)])
+        self.blocks = nn.ModuleList([Block(mlp)])
         with torch.no_grad():
             mlp.up.weight.copy_(weight)
             mlp.down.weight.copy_(weight.T)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from decomp_bench.targets.base import Architecture, TargetModel
-from decomp_bench.targets.toy import _Block, sparse_features
+from decomp_bench.targets.toy import Block, sparse_features
 from decomp_bench.targets.toys.truth import PROBE, Hop, Mechanisms, Toy, Truth, written
 
 STRIDE = 3
@@ -33,7 +33,7 @@ class TwoHopModel(nn.Module):
         super().__init__()
         self.embed, self.read = nn.Parameter(weights["embed"].clone()), nn.Parameter(weights["read"].clone())
         neurons, width = weights["in.0"].shape
-        self.blocks = nn.ModuleList(_Block(width, neurons) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(width, neurons) for _ in range(2))
         with torch.no_grad():
             for layer, block in enumerate(self.blocks):
                 mlp: Any = block.mlp
