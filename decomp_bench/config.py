@@ -48,18 +48,19 @@ class DataConfig(Config):
     """What text or toy distribution a run trains on and is scored on."""
 
     source: str | None = None
-    """None: the target's own data. Else a .txt, .jsonl, .json, .parquet or .csv file (also .gz), a folder or a glob of them; or `hf:NAME`,
-    a data set of the Hugging Face hub (`hf:NAME@REVISION` pins it) or a local folder in one of its formats."""
+    """None: the target's own data. Else a .txt, .jsonl, .json, .parquet or .csv file (also .gz, .zst), a folder or a glob of them;
+    or `hf:NAME`, a data set of the Hugging Face hub (`hf:NAME@REVISION` pins it) or a local folder in one of its formats."""
     column: str = "text"
     """Where a record's text is; a known hub data set has its own where this is `text`."""
     context: PositiveInt | None = None
     """Tokens in a row; None: what the target was trained with."""
     seed: int = 0
     """Order of the data. Runs that share it see the same batches whatever their own seed."""
-    packing: Literal["none", "packed"] = "none"
+    packing: Literal["none", "packed", "confined"] = "none"
     """none: a row is a piece of one document, beginning-of-text first, padded. packed: documents follow each other, the end-of-text token
     between them, and rows are cut from that without padding; attention goes across documents, as the published SimpleStories and Pile
-    models were trained."""
+    models were trained. confined: the same rows, with a document mask: no position sees another document, and places count from the
+    start of each."""
     documents: PositiveInt | None = None
     """At most this many documents: the first ones of local text and of each hub split that is read. None: all, 100,000 of a stream."""
     lower: bool | None = None

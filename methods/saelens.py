@@ -214,7 +214,7 @@ class SaeLens(Decomposer):
     # ---- sae-lens' own format
 
     @torch.no_grad()
-    def folded(self, site: Site) -> TrainingSAE:
+    def inference(self, site: Site) -> TrainingSAE:
         """A copy of a layer's SAE that takes the target's activations as they are: the scaling is folded in, by their own functions."""
         coder, made = self.coder(site), self._made(site.layer, self.seed)
         made.to(self.target.device).load_state_dict(coder.sae.state_dict())
@@ -233,7 +233,7 @@ class SaeLens(Decomposer):
             final = folder / f"layer_{site.layer}"
             temporary = final.with_name(f".{final.name}.{os.getpid()}")
             try:
-                self.folded(site).cpu().save_inference_model(temporary)
+                self.inference(site).cpu().save_inference_model(temporary)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
             finally:

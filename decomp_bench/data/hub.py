@@ -98,10 +98,6 @@ class HubData:
         except UserError:
             raise
         except Exception as error:
-            if "zstd" in str(error):
-                raise UserError(
-                    f"the data set '{self.name}' is compressed with zstd, which needs a package: pip install zstandard"
-                ) from None
             raise self._unread(split, (str(error).strip().splitlines() or [type(error).__name__])[0]) from None
 
     def _values(self, dataset: Any) -> Iterator[str | list[int] | None]:

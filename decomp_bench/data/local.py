@@ -12,14 +12,17 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from decomp_bench.data.documents import Document
 from decomp_bench.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 """Kinds of files; all but .parquet may also be compressed, as .jsonl.gz."""
+COMPRESSED = (".gz", ".zst")
 IN_FOLDERS = (".txt", ".jsonl", ".parquet", ".csv")
 """What a folder is searched for: a .json there is as often a config as a text, so it is named itself or by a glob."""
-HELP = f"data.source takes {', '.join(SUFFIXES)} files (also with .gz), a folder or a glob of them, or hf:NAME"
+HELP = f"data.source takes {', '.join(SUFFIXES)} files (also with {' or '.join(COMPRESSED)}), a folder or a glob of them, or hf:NAME"
 AT_ONCE = 1000
 """Table rows read together."""
 
@@ -31,7 +34,7 @@ def text_name(text: str) -> str:
 
 def kind_of(file: Path) -> str:
     """The suffix that says how a file is read, without .gz."""
-    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
 
 def place(source: str) -> Path:
@@ -57,7 +60,7 @@ def stem(source: str) -> str:
 
 def label_of(file: Path) -> str:
     """A file's name without suffixes that say how it is read: the label of its documents."""
-    return Path(file.stem).stem if file.suffix == ".gz" else file.stem
+    return Path(file.stem).stem if file.suffix in COMPRESSED else file.stem
 
 
 def files_of(source: str) -> list[Path]:
@@ -107,6 +110,8 @@ def read_documents(source: str, column: str) -> list[Document]:
 
 
 def _open(file: Path) -> TextIOWrapper:
+    if file.suffix == ".zst":
+        return zstandard.open(file, "rt", encoding="utf-8")
     return TextIOWrapper(gzip.open(file), encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
 
 

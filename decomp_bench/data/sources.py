@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
 from decomp_bench.config import DataConfig, digest
 from decomp_bench.data.corpus import open_corpus
 from decomp_bench.data.documents import Document
-from decomp_bench.data.text import SPLITS, Rows, filled
+from decomp_bench.data.text import SPLITS, Rows, filled, special_ids
 from decomp_bench.data.tokens import rows_of_corpus
 from decomp_bench.decomposer import Batch
 from decomp_bench.errors import UserError
@@ -33,13 +35,19 @@ class Source:
         self.target, self.config = target, config
         self.context = config.context or target.context
         self.corpus = open_corpus(config.model_copy(update={"source": _origin(target, config)}))
+        target.confine(special_ids(target.tokenizer)[2] if config.packing == "confined" else None)
         self.name = self.corpus.name
         self._rows: dict[str, Rows] = {}
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Hash of the tokens of every split: results of different hashes are never compared."""
-        return digest([self.rows(split).hash for split in SPLITS], 16)
+        return digest([*(self.rows(split).hash for split in SPLITS), *self._mask], 16)
+
+    @property
+    def _mask(self) -> list[str]:
+        """What makes results on confined rows other than on packed ones, which are the same tokens."""
+        return ["confined"] if self.config.packing == "confined" else []
 
     def rows(self, split: str) -> Rows:
         """Token rows of a split, tokenised once and kept in the cache folder."""
@@ -91,7 +99,8 @@ class Source:
     def token_hash(self, split: str, rows: int) -> str:
         """Hash of the first rows of a split: what a result was measured on."""
         whole = self.rows(split)
-        return Rows(whole.tokens[:rows], whole.length[:rows], whole.doc[:rows], (), ()).hash
+        tokens = Rows(whole.tokens[:rows], whole.length[:rows], whole.doc[:rows], (), ()).hash
+        return digest([tokens, *self._mask], 16) if self._mask else tokens
 
 
 class ToySource(Source):

@@ -20,7 +20,7 @@ from decomp_bench.files import atomically
 FORMAT = 3  # raise when the rows of a corpus change
 BATCH = 1000
 """Documents tokenised together."""
-Packing = Literal["none", "packed"]
+Packing = Literal["none", "packed", "confined"]
 
 
 def rows_of_corpus(
@@ -28,11 +28,13 @@ def rows_of_corpus(
 ) -> dict[str, Rows]:
     """Split -> rows, from the cache where they are; a split may come out without rows.
 
-    Raises UserError for token ids from `vocabulary` (the model's number of embeddings) on, for a text in two splits, and for a data set
-    that was tokenised by another tokenizer.
+    Packed and confined rows are the same: a document mask is the target's affair (`TargetModel.confine`). Raises UserError for token ids
+    from `vocabulary` (the model's number of embeddings) on, for a text in two splits, and for a data set that was tokenised by another
+    tokenizer.
     """
     if corpus.tokenised and packing != "none":
         raise UserError(f"'{corpus.name}' is tokenised, and its rows are taken as they are: leave data.packing out")
+    packing = "none" if packing == "none" else "packed"  # confined ones are the same rows
     words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     key = [corpus.key, words, special_ids(tokenizer), context, packing, FORMAT]
     files = {split: cache_dir() / "rows" / f"{digest([key, split], 20)}.npz" for split in SPLITS}

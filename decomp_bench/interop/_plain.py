@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -223,7 +225,17 @@ def uncalibrated(coders: Sequence[Plain]) -> bool:
 
 @torch.no_grad()
 def as_plain(decomposer: Decomposer) -> list[Plain]:
-    """A decomposition's coders; raises UserError for a method that has none."""
+    """A decomposition's coders; raises UserError for a method that has none.
+
+    A method gives them by `folded(site)`, or by `save_inference(folder)` where sae-lens saves what it trained.
+    """
+    if hasattr(decomposer, "save_inference"):
+        from decomp_bench.interop.saelens import read
+
+        made: Any = decomposer
+        with TemporaryDirectory() as folder:
+            made.save_inference(Path(folder))
+            return read(folder)[0]
     if not hasattr(decomposer, "folded"):
         raise UserError(f"{decomposer.name} gives no encoder and decoder as plain weights, which is all that other tools' formats hold")
     return [_plain(decomposer, site) for site in decomposer.sites]

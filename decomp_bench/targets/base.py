@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decomp_bench.errors import UserError
@@ -42,6 +42,9 @@ class TargetModel:
     """
 
     toy: Toy | None = None
+    separator: int | None = None
+    """Where attention is confined to documents (`confine`), the token that ends one."""
+    _masked_outright = False
 
     def __init__(
         self,
@@ -135,14 +138,42 @@ class TargetModel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The model's output: logits [B, T, vocab], or a toy's output rows."""
-        return self.module(input_ids=x, use_cache=False).logits if self.is_lm else self.module(x)
+        return self.module(**self._given(x)).logits if self.is_lm else self.module(x)
 
     def body(self, x: Tensor) -> None:
         """Run everything but the output head, for what is captured on the way."""
         if self.is_lm and self.architecture.body:
-            self.module.get_submodule(self.architecture.body)(input_ids=x, use_cache=False)
+            self.module.get_submodule(self.architecture.body)(**self._given(x))
         else:
             self(x)
+
+    def _given(self, x: Int[Tensor, "B T"]) -> dict[str, Any]:
+        given: dict[str, Any] = {"input_ids": x, "use_cache": False}
+        if self.separator is None:
+            return given
+        places = places_in_documents(x, self.separator)
+        return {**given, "position_ids": places, **({"attention_mask": document_mask(places)} if self._masked_outright else {})}
+
+    def confine(self, separator: int | None) -> None:
+        """Confine attention to documents, each of which ends with this token and counts its places anew; None lets it cross them again.
+
+        transformers makes the mask from places that start again; where it does not (tried out on a row), the mask is given as it is.
+        Raises UserError where a position sees the document before even so.
+        """
+        self.separator, self._masked_outright = separator, False
+        if separator is None or not self.is_lm or self._confined(separator):
+            return
+        self._masked_outright = True
+        if not self._confined(separator):
+            self.separator = None
+            raise UserError(f"{self.uri}: its attention cannot be confined to documents: set data.packing=packed or none")
+
+    @torch.no_grad()
+    def _confined(self, separator: int) -> bool:
+        words = [token for token in range(9) if token != separator]
+        x = torch.tensor([[*words[:3], separator, *words[6:8]], [*words[3:6], separator, *words[6:8]]], device=self.device)
+        seen = self(x)[:, -2:].float()
+        return float((seen[0] - seen[1]).abs().max()) <= 1e-4 * max(1.0, float(seen.abs().max()))
 
     @torch.no_grad()
     def clean(self, x: Tensor, points: Iterable[str], logits: bool = True) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -203,6 +234,22 @@ class TargetModel:
         finally:
             for (parent, name, _), original in zip(places, originals, strict=True):
                 parent._modules[name] = original
+
+
+def places_in_documents(x: Int[Tensor, "B T"], separator: int) -> Int[Tensor, "B T"]:
+    """Each position's place in its document, from 0; a document ends with the separator, and a row begins one."""
+    place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+    begins = torch.zeros_like(place)
+    begins[:, 1:] = torch.where(x[:, :-1] == separator, place[:, 1:], 0)
+    return place - begins.cummax(1).values
+
+
+def document_mask(places: Int[Tensor, "B T"]) -> Float[Tensor, "B 1 T T"]:
+    """What is added to attention scores so that a position sees those before it in its own document, from places in documents."""
+    count = torch.arange(places.shape[1], device=places.device)
+    begins = count - places
+    seen = (begins[:, :, None] == begins[:, None, :]) & (count[:, None] >= count)
+    return torch.zeros(seen.shape, device=places.device).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
 def _places(module: nn.Module) -> dict[str, list[str]]:

@@ -96,13 +96,14 @@ def pretrain(
     vocab = max(len(tokenizer), *(i + 1 for i in special_ids(tokenizer)))
     found = rows_of_corpus(corpus, tokenizer, config.model.context, config.data.packing, vocab)
     hashes = {split: filled(found[split], split).hash for split in SPLITS}
-    rows = {split: _as_tensors(found[split]) for split in SPLITS}
+    separator = special_ids(tokenizer)[2] if config.data.packing == "confined" else None
+    rows = {split: _as_tensors(found[split], separator) for split in SPLITS}
     _tell_repeats(config, corpus, rows["train"])
     recipe = _recipe(config, vocab)
     model = new_target(shape, recipe, tokenizer, seed).to(device)  # type: ignore[arg-type]
     schedule = Schedule.of_steps(rows["train"], recipe, seed, config.steps)
     decisive = config.model_dump(mode="json", exclude={"data", "tokenizer", "threads"})
-    key = digest([shape, decisive, hashes, tokenizer.get_vocab(), seed], 12)
+    key = digest([shape, decisive, hashes, tokenizer.get_vocab(), seed, *([] if separator is None else [separator])], 12)
     fitted = fit_model(model, schedule, rows["train"], rows["validation"], recipe, kept / f"{shape}-{key}.pt", say)
     say(config.steps, config.steps, {"stage": "evaluating"})
     record = _record(shape, config, seed, model, rows, hashes, fitted)
@@ -183,8 +184,8 @@ def _texts(corpus: Corpus) -> Iterator[str]:
             return
 
 
-def _as_tensors(rows: Any) -> Rows:
-    return Rows(torch.from_numpy(rows.tokens), torch.from_numpy(rows.length).long(), torch.from_numpy(rows.doc).long())
+def _as_tensors(rows: Any, separator: int | None) -> Rows:
+    return Rows(torch.from_numpy(rows.tokens), torch.from_numpy(rows.length).long(), torch.from_numpy(rows.doc).long(), separator)
 
 
 def _tell_repeats(config: PretrainingConfig, corpus: Corpus, train: Rows) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decomp_bench.data.documents import Document
 from decomp_bench.data.text import SHORTEST_ROW
+from decomp_bench.targets.base import places_in_documents
 
 CONTEXT = 256  # tokens in a row, the leading BOS among them
 
@@ -27,6 +28,8 @@ class Rows:
     tokens: Tensor
     lengths: Tensor
     document: Tensor
+    separator: int | None = None
+    """In packed rows whose documents do not see each other, the token that ends one."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -35,15 +38,20 @@ class Rows:
         """Some of the rows, cut to the longest among them."""
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(index) else 0
-        return Rows(self.tokens[index, :longest].long(), lengths, self.document[index])
+        return replace(self, tokens=self.tokens[index, :longest].long(), lengths=lengths, document=self.document[index])
 
     def to(self, device: torch.device) -> Rows:
         """The rows on another device."""
-        return Rows(self.tokens.to(device), self.lengths.to(device), self.document.to(device))
+        return replace(self, tokens=self.tokens.to(device), lengths=self.lengths.to(device), document=self.document.to(device))
 
     def head(self, n: int) -> Rows:
         """The first rows."""
         return self.take(torch.arange(min(n, len(self))))
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model of transformers is called with to predict the tokens after the first."""
+        given: dict[str, Any] = {"input_ids": self.tokens[:, :-1], "use_cache": False}
+        return given if self.separator is None else {**given, "position_ids": places_in_documents(given["input_ids"], self.separator)}
 
     def predicted(self) -> Tensor:
         """[rows, width - 1] bool: which tokens after the BOS are real, hence predicted and scored."""

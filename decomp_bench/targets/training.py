@@ -122,7 +122,7 @@ class _HeadLoss(torch.autograd.Function):
 def loss_of(model: PreTrainedModel, batch: Rows) -> Tensor:
     """Mean cross-entropy of the scored tokens of a batch, nats per token."""
     scored = batch.predicted()
-    hidden = model.base_model(batch.tokens[:, :-1], use_cache=False).last_hidden_state
+    hidden = model.base_model(**batch.inputs()).last_hidden_state
     return _HeadLoss.apply(hidden[scored], model.get_output_embeddings().weight, batch.tokens[:, 1:][scored])  # type: ignore[return-value]
 
 
@@ -134,7 +134,7 @@ def cross_entropy(model: nn.Module, rows: Rows, size: int = 32) -> float:
     for batch in batches(rows, size):
         batch = batch.to(device)
         scored = batch.predicted()
-        logits = model(batch.tokens[:, :-1], use_cache=False).logits[scored]
+        logits = model(**batch.inputs()).logits[scored]
         total += float(F.cross_entropy(logits.float(), batch.tokens[:, 1:][scored], reduction="sum").double())
     return total / rows.n_predicted
 

@@ -9,6 +9,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from decomp_bench.data.local import read_documents
 from decomp_bench.data.sources import open_source
 from decomp_bench.data.text import SHORTEST_ROW, Tokens, packed_rows, split_of, to_rows
 from decomp_bench.errors import UserError
+from decomp_bench.targets.base import places_in_documents
 from tests.conftest import tiny_tokenizer
 
 
@@ -43,6 +46,7 @@ def written(folder, texts) -> dict[str, str]:
     (folder / "list.json").write_text(json.dumps(records))
     (folder / "plain.json").write_text(json.dumps(texts))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     pd.DataFrame(records).to_parquet(folder / "a.parquet")
     pd.DataFrame(records).to_csv(folder / "a.csv", index=False)
     pd.DataFrame(records).to_csv(folder / "b.csv.gz", index=False)
@@ -52,7 +56,7 @@ def written(folder, texts) -> dict[str, str]:
 def test_the_same_text_in_every_format(tmp_path):
     texts = ["one story,\nwith a comma", "another \u2028 story", "007", "nan"]
     found = {name: [d.text for d in read_documents(path, "text")] for name, path in written(tmp_path, texts).items()}
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(value == texts for value in found.values()), found
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
     assert [d.text for d in read_documents(str(tmp_path / "a.txt"), "text")] == ["\n\n".join(texts)]
@@ -62,8 +66,8 @@ def test_folders_and_globs(tmp_path, monkeypatch):
     written(tmp_path, ["one", "two", "three"])
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "more.jsonl").write_text('{"text": "four"}\n')
-    assert len(read_documents(str(tmp_path), "text")) == 5 * 3 + 1  # a .json file is named itself
-    assert len(read_documents(str(tmp_path / "*.json*"), "text")) == 5 * 3
+    assert len(read_documents(str(tmp_path), "text")) == 6 * 3 + 1  # a .json file is named itself
+    assert len(read_documents(str(tmp_path / "*.json*"), "text")) == 6 * 3
     assert [d.text for d in read_documents(str(tmp_path / "**" / "more.jsonl"), "text")] == ["four"]
     monkeypatch.setenv("PLACE", str(tmp_path))
     assert [d.label for d in read_documents("$PLACE/b.jsonl.gz", "text")] == ["b", "b", "b"]
@@ -115,6 +119,34 @@ def test_packing_reaches_the_source_and_its_batches(lm):
     assert packed_source.hash != source.hash
     again = open_source(target, packed_source.config).rows("test")  # from the cache
     assert np.array_equal(again.origin, packed_source.rows("test").origin)
+
+
+def test_confined_rows_are_packed_ones_that_count_as_other_data(lm):
+    target, source = lm
+    packed, confined = (open_source(target, source.config.model_copy(update={"packing": name})) for name in ("packed", "confined"))
+    assert target.separator == target.tokenizer.eos_token_id
+    assert np.array_equal(packed.rows("test").tokens, confined.rows("test").tokens)
+    assert packed.hash != confined.hash
+    assert packed.token_hash("test", 4) != confined.token_hash("test", 4)
+    open_source(target, source.config)
+    assert target.separator is None, "another source of the same target crosses documents again"
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=20))
+def test_places_start_again_after_each_separator(tokens):
+    expected, place = [], 0
+    for token in tokens:
+        expected.append(place)
+        place = 0 if token == 0 else place + 1
+    assert places_in_documents(torch.tensor([tokens]), 0).tolist() == [expected]
+
+
+def test_a_model_that_sees_across_documents_is_refused(lm, monkeypatch):
+    target, source = lm
+    monkeypatch.setattr("decomp_bench.targets.base.places_in_documents", lambda x, _separator: torch.arange(x.shape[1]).repeat(len(x), 1))
+    with pytest.raises(UserError, match=r"cannot be confined to documents: set data\.packing=packed or none"):
+        open_source(target, source.config.model_copy(update={"packing": "confined"}))
+    assert target.separator is None
 
 
 def test_ids_beyond_the_vocabulary_are_one_line(lm, monkeypatch):

@@ -13,6 +13,7 @@ from decomp_bench.config import TrainConfig, parse
 from decomp_bench.data.streams import ActivationStream
 from decomp_bench.decomposer import Batch, Decomposer
 from decomp_bench.errors import UserError
+from decomp_bench.interop._plain import as_decomposer, as_plain, keep_thresholds
 from decomp_bench.registry import method
 from decomp_bench.train import Job, train
 from tests.golden.recorded import Golden
@@ -146,7 +147,7 @@ def test_a_training_here_is_a_training_there(lm, architecture, tmp_path):
     (outcome,) = train([Job(made, tmp_path, lines.append)], source, TrainConfig(log_every=4))
     assert outcome.error is None
     made.eval()
-    ours = made.folded(made.sites[0])
+    ours = made.inference(made.sites[0])
     assert (sae_of(made).W_dec - start).abs().max() > 0.01
     assert architecture in ("standard", "gated") or max(line["dead"] for line in lines) > 0, "what revives them must be compared too"
     for name, value in theirs.state_dict().items():
@@ -190,6 +191,17 @@ def test_saved_for_sae_lens_it_gives_the_same_codes_up_to_units_and_the_same_out
         assert torch.allclose(through(made, x)[~differ], loaded(x)[~differ], atol=2e-4)
     again = Decomposer.load(tmp_path / "checkpoint", world)
     assert torch.equal(through(made, x), through(again, x))
+    if architecture == "jumprelu":  # its recipe has layer_norm
+        with pytest.raises(UserError, match="normalises its inputs each row by its own mean and deviation"):
+            as_plain(made)
+        return
+    plain = as_decomposer(as_plain(made), world)
+    plain.finish(iter([Batch(clean={OUT: x})]))
+    keep_thresholds(plain, as_plain(made))
+    with torch.no_grad():
+        differ = ((plain.encode({OUT: x})["0"].value > 0) != ours).any(1)
+        assert differ.float().mean() < 0.02
+        assert torch.allclose(through(made, x)[~differ], through(plain, x)[~differ], atol=2e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gated", "topk", "batchtopk"])

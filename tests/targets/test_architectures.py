@@ -114,6 +114,24 @@ def test_everything_kept_is_the_model_itself(world):
 
 
 @torch.no_grad()
+def test_attention_is_confined_to_documents_on_request(world):
+    """A document after another, behind a mask, is the document alone: each position, wherever the boundary lies."""
+    _, folder, _, _ = world
+    target = targets.load(f"hf:{folder}")
+    words = np.random.default_rng(0).integers(1, 9, size=(2, 14))
+    x = torch.tensor([[*words[0, :9], 0, *words[1, :5], 0, *words[1, 5:]]])
+    crossing = target(x)
+    target.confine(0)
+    near(target(x)[:, 10:16], target(x[:, 10:16]))
+    near(target(x)[:, 16:], target(x[:, 16:]))
+    assert float((target(x) - crossing)[:, 10:].abs().max()) > 1e-3
+    found, _ = target.clean(x, {"1.mlp.in"}, logits=False)
+    near(found["1.mlp.in"][:, 10:16], target.clean(x[:, 10:16], {"1.mlp.in"})[0]["1.mlp.in"])
+    target.confine(None)
+    assert torch.equal(target(x), crossing)
+
+
+@torch.no_grad()
 def test_one_layer_replaced_is_that_layer_spliced_by_hand(world):
     """Blocks before the layer are stood in for; the result is that of a hook on the whole model."""
     _, _, target, source = world

@@ -96,10 +96,11 @@ def test_a_killed_training_goes_on_to_the_same_weights_bit_for_bit(shape, text, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_given_tokenizer_packed_rows_and_adamw_alone(text, tmp_path):
+@pytest.mark.parametrize("packing", ["packed", "confined"])
+def test_a_given_tokenizer_packed_rows_and_adamw_alone(packing, text, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "letters")
     more = {"tokenizer": str(tmp_path / "letters"), "muon_lr": 0, "lr": 3e-3}
-    packed = {"source": text, "column": "story", "lower": True, "packing": "packed"}
+    packed = {"source": text, "column": "story", "lower": True, "packing": packing}
     record = pretrain("llama-simple-mlp", config(text, data=packed, **more), tmp_path / "out", work=tmp_path / "work")
     assert record["vocabulary"] == len(tiny_tokenizer())
     assert record["tokens"] == 60 * 8 * 31  # nothing is padded
