@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -116,6 +117,7 @@ class HubData:
         import datasets
 
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is raised as well, and said in one line
         saved = self.folder and any((self.folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
         if self.folder is None:
             return datasets.load_dataset(self.repository, self.config.subset, split=split, revision=self.revision, streaming=self.streaming)
