@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from decomp_bench.config import DataConfig
 from decomp_bench.data.local import AT_ONCE, fingerprint, missing_column, place
 from decomp_bench.errors import UserError
+from decomp_bench.remote import hub_reachable
 
 SCHEME = "hf:"
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
@@ -112,15 +113,13 @@ class HubData:
                 yield value.lower() if self.lower and value is not None else value
 
     def _opened(self, split: str) -> Any:
-        if self.folder is None and self.streaming and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise self._unread(split, "HF_HUB_OFFLINE is set")
         import datasets
 
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is raised as well, and said in one line
         saved = self.folder and any((self.folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
         if self.folder is None:
-            return datasets.load_dataset(self.repository, self.config.subset, split=split, revision=self.revision, streaming=self.streaming)
+            return self._of_hub(split)
         if not saved:  # streamed from its files: the library would copy them otherwise
             return datasets.load_dataset(str(self.folder), self.config.subset, split=split, streaming=True)
         found: Any = datasets.load_from_disk(str(self.folder))
@@ -128,6 +127,20 @@ class HubData:
         if split not in splits:
             raise UserError(f"the data set in {self.folder} has no split '{split}'; it has {', '.join(splits)}")
         return splits[split].to_iterable_dataset() if self.streaming else splits[split]
+
+    def _of_hub(self, split: str) -> Any:
+        """A data set of the Hub, or where the Hub does not answer the library's own copy; the library would try for half a minute."""
+        import datasets
+        from huggingface_hub import constants
+
+        reachable = hub_reachable()
+        if not reachable and self.streaming:
+            raise self._unread(split, "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer")
+        with (
+            mock.patch("datasets.config.HF_HUB_OFFLINE", not reachable),
+            mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", not reachable),
+        ):
+            return datasets.load_dataset(self.repository, self.config.subset, split=split, revision=self.revision, streaming=self.streaming)
 
     def _unread(self, split: str, reason: str) -> UserError:
         subset = f", subset '{self.config.subset}'" if self.config.subset else ""

@@ -108,7 +108,7 @@ def standin(monkeypatch):
         return made.to_iterable_dataset() if options["streaming"] else made
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     return calls
 
 
@@ -199,8 +199,11 @@ def test_a_data_set_of_compressed_files_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_offline_fails_at_once_and_says_what_to_give(monkeypatch, streaming):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_offline_fails_at_once_and_says_what_to_give(monkeypatch, streaming, forbidden):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", forbidden)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    monkeypatch.setattr("time.sleep", lambda _seconds: pytest.fail("it waits to try again"))
     config = DataConfig(source="hf:SimpleStories/SimpleStories", streaming=streaming, subset="en")
     with pytest.raises(UserError) as error:
         list(open_corpus(config).read())
