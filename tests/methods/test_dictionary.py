@@ -1,4 +1,4 @@
-"""The sparse coder: exact selection, gradients, calibration, revival, recovery of planted truth, and agreement with sae-lens."""
+"""The sparse coder: gradients, revival, recovery of planted truth, and agreement with sae-lens."""
 
 from __future__ import annotations
 
@@ -8,97 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decomp_bench.config import parse
-from decomp_bench.decomposer import Batch, Decomposer
+from decomp_bench.decomposer import Batch
 from decomp_bench.errors import UserError
-from decomp_bench.registry import method
-from decomp_bench.targets.base import Architecture, TargetModel
-from decomp_bench.targets.toy import ResidualMLP
-
-ACTIVATIONS = ["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "groupmax"]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def target(width: int = 12, layers: int = 2) -> TargetModel:
-    """An untrained residual MLP: these tests hand the coder its activations directly."""
-    maps = {"mlp.up": "blocks.{}.mlp.up", "mlp.down": "blocks.{}.mlp.down"}
-    module = ResidualMLP(8, width, 16, layers, generator())
-    return TargetModel("toy:none", module, Architecture("blocks.{}", "blocks.{}.mlp", None, maps), layers, width, "regression")
-
-
-def make(name: str, width: int = 12, layers: tuple[int, ...] = (0, 1), seed: int = 0, **config) -> Decomposer:
-    kind = method(name)
-    k = 4 if config.get("activation") == "groupmax" else 3  # groups of equal size
-    chosen = {"features": 32, "k": k, "batch": 64, "calibration": 1024, **config}
-    return kind(parse(kind.Config, chosen, name), target(width, max(layers) + 1), layers, seed)
-
-
-def batches(width: int = 12, layers: int = 2, rows: int = 64, planted: int = 24, seed: int = 0):
-    """Endless batches in which y is another sparse code's image than x, of unequal scale and far from zero mean."""
-    g = generator(seed)
-    read, write = (F.normalize(torch.randn(layers, planted, width, generator=g), dim=-1) for _ in range(2))
-    while True:
-        code = torch.rand(rows, planted, generator=g) * (torch.rand(rows, planted, generator=g) < 2 / planted)
-        yield Batch(
-            clean={f"{m}.mlp.in": 5 * code @ read[m] + 2 for m in range(layers)}
-            | {f"{m}.mlp.out": 0.1 * (m + 1) * code @ write[m] - 0.2 for m in range(layers)}
-        )
-
-
-def fit(decomposer: Decomposer, data, steps: int | None = None) -> Decomposer:
-    """Training as the harness does it, on a plain loop."""
-    config = decomposer.config
-    decomposer.train()
-    decomposer.before_training(data)
-    groups = decomposer.parameter_groups()
-    optimiser = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=True)
-    total = config.steps if steps is None else steps
-    for step in range(total):
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * min(1.0, (total - step) / (0.3 * total))
-        sum(decomposer.loss(next(data), step / total).values()).backward()
-        for group in groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        decomposer.after_step(step / total)
-    decomposer.finish(data)
-    return decomposer.eval()
-
-
-@pytest.mark.parametrize("hint", [0.0, 0.5, 2.5, 100.0])
-@pytest.mark.parametrize("count", [1, 40, 3000, 6400])
-def test_the_largest_of_a_batch_are_exact_whatever_the_hint(count, hint):
-    from decomp_bench.methods._sparse import top_of_batch
-
-    pre = torch.randn(100, 64, generator=generator())
-    positive = min(count, int((pre > 0).sum()))
-    expected = pre.flatten().topk(positive).indices.sort().values
-    assert torch.equal(top_of_batch(pre, count, hint).index, expected)
-
-
-def test_ties_never_let_too_many_in():
-    from decomp_bench.methods._sparse import top_of_batch, top_of_rows
-
-    pre = torch.ones(10, 20)
-    pre[:, 3] = 2
-    assert top_of_batch(pre, 25).index.numel() == 25
-    assert set(range(3, 200, 20)) <= set(top_of_batch(pre, 25).index.tolist())
-    assert (top_of_rows(pre, 4).sum(1) == 4).all()
-    assert top_of_rows(pre, 4)[:, 3].all()
-    assert top_of_rows(-pre, 4).sum() == 0
-
-
-def test_the_largest_of_each_row_are_exact():
-    from decomp_bench.methods._sparse import top_of_rows
-
-    pre = torch.randn(7, 11, 50, generator=generator())
-    for k in (1, 5, 50, 80):
-        expected = torch.zeros_like(pre).scatter_(-1, pre.topk(min(k, 50)).indices, 1.0).bool() & (pre > 0)
-        assert torch.equal(top_of_rows(pre, k), expected)
+from tests.methods.dictionaries import ACTIVATIONS, batches, fit, generator, joined, make
 
 
 @pytest.mark.parametrize("name", ["sae", "transcoder", "clt"])
@@ -165,38 +77,6 @@ def test_jumprelu_threshold_gradients_are_those_of_the_smoothed_functions():
         torch.testing.assert_close(gradient, difference, rtol=1e-3, atol=0.5)  # some z lie within h of the kernel's edge
 
 
-def test_batchtopk_keeps_its_k_on_held_out_rows_after_a_short_run():
-    data = batches(rows=256)
-    decomposer = fit(make("transcoder", features=96, k=4, batch=256, calibration=8192), data, steps=200)
-    unseen = Batch(clean={key: torch.cat(parts) for key, parts in _joined(itertools.islice(data, 24)).items()})
-    for k in (4, 2, 8, 3, 6):
-        view = decomposer if k == 4 else decomposer.at(k=k)
-        for name, codes in view.encode(unseen.clean).items():
-            if codes.gate.sum() < (codes.strength > 0).sum():  # else fewer than k are ever positive
-                assert float(codes.active.float().sum(1).mean()) == pytest.approx(k, rel=0.05), (name, k)
-    alone = decomposer.encode({key: value[:1] for key, value in unseen.clean.items()})
-    assert torch.equal(alone["0"].gate, decomposer.encode(unseen.clean)["0"].gate[:1])
-
-
-def _joined(parts) -> dict[str, list[torch.Tensor]]:
-    joined: dict[str, list[torch.Tensor]] = {}
-    for part in parts:
-        for key, value in part.clean.items():
-            joined.setdefault(key, []).append(value)
-    return joined
-
-
-def test_calibration_is_part_of_a_checkpoint(tmp_path):
-    data = batches()
-    decomposer = fit(make("transcoder"), data, steps=20)
-    decomposer.save(tmp_path)
-    batch = next(data)
-    loaded = Decomposer.load(tmp_path, decomposer.target)
-    for k in (None, 1, 5):
-        first, second = (d.at(k=k).encode(batch.clean)["1"].value for d in (decomposer, loaded))
-        assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
@@ -219,26 +99,6 @@ def test_settings_that_do_not_go_together_are_refused(name, config, words):
         make(name, **config)
 
 
-def test_a_choice_that_the_activation_does_not_have_is_refused():
-    with pytest.raises(UserError, match="no inference-time threshold"):
-        make("sae").at(threshold=1.0)
-    with pytest.raises(UserError, match="no inference-time k"):
-        make("sae", activation="relu").at(k=3)
-    with pytest.raises(UserError, match="k=40 exceeds features=32"):
-        make("sae", k=40)
-
-
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated", "groupmax"])
-def test_a_minimum_strength_only_removes_the_weaker_ones(activation):
-    data = batches()
-    decomposer = fit(make("sae", activation=activation), data, steps=20)
-    batch = next(data)
-    free = decomposer.encode(batch.clean)["0"]
-    for threshold in (0.5, 1.0, 2.0):
-        codes = decomposer.at(threshold=threshold).encode(batch.clean)["0"]
-        assert torch.equal(codes.active, free.active & (free.strength > threshold))
-
-
 def test_the_aux_loss_revives_dead_components():
     """Biases of most components start so low that they never fire; without the aux loss they stay dead."""
     dead = {}
@@ -248,7 +108,7 @@ def test_the_aux_loss_revives_dead_components():
         with torch.no_grad():
             decomposer.coder(decomposer.sites[0]).b_enc[4:] = -9.0
         fit(decomposer, data, steps=150)
-        batch = Batch(clean={key: torch.cat(value) for key, value in _joined(itertools.islice(data, 30)).items()})
+        batch = Batch(clean={key: torch.cat(value) for key, value in joined(itertools.islice(data, 30)).items()})
         dead[aux] = int((~decomposer.encode(batch.clean)["0"].active.any(0)).sum())
     assert dead[0.0] >= 26
     assert dead[1.0] <= 14
@@ -303,7 +163,7 @@ def test_with_nothing_active_the_output_starts_at_the_mean_of_y():
     codes = decomposer.encode(batch.clean)
     for code in codes.values():
         code.gate = torch.zeros_like(code.gate)
-    mean = torch.cat(_joined(itertools.islice(batches(), 16))["1.mlp.out"]).mean(0)
+    mean = torch.cat(joined(itertools.islice(batches(), 16))["1.mlp.out"]).mean(0)
     torch.testing.assert_close(decomposer.decode(codes, "1.mlp.out", batch.clean)[0], mean, atol=1e-4, rtol=1e-4)
 
 

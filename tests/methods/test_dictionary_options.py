@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from decomp_bench.config import TrainConfig, parse
 from decomp_bench.registry import method
 from decomp_bench.train import Job, train
-from tests.methods.test_dictionary import ACTIVATIONS, batches, fit, generator, make
+from tests.methods.dictionaries import ACTIVATIONS, batches, fit, generator, make
 
 
 @torch.no_grad()

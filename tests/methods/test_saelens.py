@@ -17,7 +17,7 @@ from decomp_bench.interop._plain import as_decomposer, as_plain, keep_thresholds
 from decomp_bench.registry import method
 from decomp_bench.train import Job, train
 from tests.golden.recorded import Golden
-from tests.methods.test_dictionary import target
+from tests.methods.dictionaries import target
 
 OUT = "0.mlp.out"
 CASES = {

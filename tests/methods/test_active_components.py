@@ -1,0 +1,88 @@
+"""Which components of a dictionary are active: exact selection, calibrated thresholds, choices at inference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from decomp_bench.decomposer import Batch, Decomposer
+from decomp_bench.errors import UserError
+from tests.methods.dictionaries import batches, fit, generator, joined, make
+
+
+@pytest.mark.parametrize("hint", [0.0, 0.5, 2.5, 100.0])
+@pytest.mark.parametrize("count", [1, 40, 3000, 6400])
+def test_the_largest_of_a_batch_are_exact_whatever_the_hint(count, hint):
+    from decomp_bench.methods._sparse import top_of_batch
+
+    pre = torch.randn(100, 64, generator=generator())
+    positive = min(count, int((pre > 0).sum()))
+    expected = pre.flatten().topk(positive).indices.sort().values
+    assert torch.equal(top_of_batch(pre, count, hint).index, expected)
+
+
+def test_ties_never_let_too_many_in():
+    from decomp_bench.methods._sparse import top_of_batch, top_of_rows
+
+    pre = torch.ones(10, 20)
+    pre[:, 3] = 2
+    assert top_of_batch(pre, 25).index.numel() == 25
+    assert set(range(3, 200, 20)) <= set(top_of_batch(pre, 25).index.tolist())
+    assert (top_of_rows(pre, 4).sum(1) == 4).all()
+    assert top_of_rows(pre, 4)[:, 3].all()
+    assert top_of_rows(-pre, 4).sum() == 0
+
+
+def test_the_largest_of_each_row_are_exact():
+    from decomp_bench.methods._sparse import top_of_rows
+
+    pre = torch.randn(7, 11, 50, generator=generator())
+    for k in (1, 5, 50, 80):
+        expected = torch.zeros_like(pre).scatter_(-1, pre.topk(min(k, 50)).indices, 1.0).bool() & (pre > 0)
+        assert torch.equal(top_of_rows(pre, k), expected)
+
+
+def test_batchtopk_keeps_its_k_on_held_out_rows_after_a_short_run():
+    data = batches(rows=256)
+    decomposer = fit(make("transcoder", features=96, k=4, batch=256, calibration=8192), data, steps=200)
+    unseen = Batch(clean={key: torch.cat(parts) for key, parts in joined(itertools.islice(data, 24)).items()})
+    for k in (4, 2, 8, 3, 6):
+        view = decomposer if k == 4 else decomposer.at(k=k)
+        for name, codes in view.encode(unseen.clean).items():
+            if codes.gate.sum() < (codes.strength > 0).sum():  # else fewer than k are ever positive
+                assert float(codes.active.float().sum(1).mean()) == pytest.approx(k, rel=0.05), (name, k)
+    alone = decomposer.encode({key: value[:1] for key, value in unseen.clean.items()})
+    assert torch.equal(alone["0"].gate, decomposer.encode(unseen.clean)["0"].gate[:1])
+
+
+def test_calibration_is_part_of_a_checkpoint(tmp_path):
+    data = batches()
+    decomposer = fit(make("transcoder"), data, steps=20)
+    decomposer.save(tmp_path)
+    batch = next(data)
+    loaded = Decomposer.load(tmp_path, decomposer.target)
+    for k in (None, 1, 5):
+        first, second = (d.at(k=k).encode(batch.clean)["1"].value for d in (decomposer, loaded))
+        assert torch.equal(first, second)
+
+
+def test_a_choice_that_the_activation_does_not_have_is_refused():
+    with pytest.raises(UserError, match="no inference-time threshold"):
+        make("sae").at(threshold=1.0)
+    with pytest.raises(UserError, match="no inference-time k"):
+        make("sae", activation="relu").at(k=3)
+    with pytest.raises(UserError, match="k=40 exceeds features=32"):
+        make("sae", k=40)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated", "groupmax"])
+def test_a_minimum_strength_only_removes_the_weaker_ones(activation):
+    data = batches()
+    decomposer = fit(make("sae", activation=activation), data, steps=20)
+    batch = next(data)
+    free = decomposer.encode(batch.clean)["0"]
+    for threshold in (0.5, 1.0, 2.0):
+        codes = decomposer.at(threshold=threshold).encode(batch.clean)["0"]
+        assert torch.equal(codes.active, free.active & (free.strength > threshold))
