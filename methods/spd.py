@@ -241,12 +241,18 @@ class SPD(Decomposer):
             minimality.append(cost)
         faith = faithfulness(self.components, self.weights)
         terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum()}
-        for name in ("stochastic", "layerwise", "subset"):
-            if getattr(config, name):
-                error = getattr(self, f"_{name}")(batch, rows, lower)
-                terms[name] = getattr(config, name) * error
-                self._statistics["kl" if self.target.is_lm else "mse"] = error.detach()
+        terms |= self._reconstructions(batch, rows, lower, progress)
         self._statistics |= {"l0": _l0(frequency) / len(self.layers), "faith": faith.detach()}
+        return terms
+
+    def _reconstructions(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor], progress: float) -> dict[str, Tensor]:
+        """The weighted terms that compare masked passes with the target."""
+        terms = {}
+        for name in ("stochastic", "layerwise", "subset"):
+            if weight := getattr(self.config, name):
+                error = getattr(self, f"_{name}")(batch, rows, lower)
+                terms[name] = weight * error
+                self._statistics["kl" if self.target.is_lm else "mse"] = error.detach()
         return terms
 
     def _clean(self, batch: Batch, rows: Rows, point: Point) -> Float[Tensor, "rows d"]:
