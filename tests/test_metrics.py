@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decomp_bench.bootstrap import compare, documents_frame, resampled
-from decomp_bench.errors import UserError
+from decomp_bench.bootstrap import resampled
 from decomp_bench.metrics import CATALOGUE, Context, SiteInfo
 
 
@@ -73,48 +72,6 @@ def test_resamples_draw_as_many_documents_as_there_are(documents, replicates):
     assert weights.shape == (1 + replicates, documents)
     assert (weights[0] == 1).all()
     assert (weights.sum(1) == documents).all()
-
-
-def frame(errors, token_hash="t"):
-    arrays = {
-        ("tokens", "all"): np.full(len(errors), 10.0),
-        ("targets", "all"): np.full(len(errors), 10.0),
-        ("ce", "all"): np.asarray(errors) + 20.0,
-        ("ce_clean", "all"): np.full(len(errors), 20.0),
-    }
-    about = {
-        "method": "m",
-        "family": "f",
-        "variant": "v",
-        "curve": "trained",
-        "kind": "replacement",
-        "target": "x",
-        "target_hash": "h",
-        "token_hash": token_hash,
-        "split": "test",
-        "layers": "0",
-        "protocol": "cascading",
-        "gates": "self",
-        "mask": "binary",
-        "delta": "off",
-    }
-    return documents_frame(arrays, Context((0,), (), "lm", "cascading"), about)
-
-
-def test_a_paired_interval_is_narrower_than_the_documents_spread():
-    errors = np.random.default_rng(0).normal(5, 3, 60)
-    found = compare(frame(errors), frame(errors + 1), 500).set_index("metric").loc["ce_delta"]
-    assert found["difference"] == pytest.approx(0.1)
-    assert found["lo"] == pytest.approx(0.1)
-    assert found["hi"] == pytest.approx(0.1)
-    shuffled = compare(frame(errors), frame(np.random.default_rng(1).permutation(errors) + 1), 500).set_index("metric").loc["ce_delta"]
-    assert shuffled["difference"] == pytest.approx(0.1)
-    assert shuffled["hi"] - shuffled["lo"] > 0.1
-
-
-def test_runs_on_other_tokens_are_not_compared():
-    with pytest.raises(UserError, match="token_hash"):
-        compare(frame(np.ones(5)), frame(np.ones(5), "other"))
 
 
 def test_every_metric_declares_what_it_is():

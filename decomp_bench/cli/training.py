@@ -152,27 +152,26 @@ def evaluate(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A run.")],
-    second: Annotated[str, typer.Argument(help="Another run on the same target and tokens.")],
-    bootstrap: Annotated[int, typer.Option(help="Document resamples.")] = 2000,
+    first: Annotated[str, typer.Argument(help="A run, or runs that differ in their seeds: RUN,RUN,RUN.")],
+    second: Annotated[str, typer.Argument(help="Another, or others, on the same target and tokens.")],
+    bootstrap: Annotated[int, typer.Option(help="Resamples of documents, and of seeds where there are several.")] = 2000,
     as_json: Json = False,
 ) -> None:
-    """Differences between two runs, document by document, with paired intervals."""
+    """Differences between two runs, document by document, with paired intervals and p values."""
     from decomp_bench.cli.display import show
+    from decomp_bench.comparison import compare as paired
     from decomp_bench.runs import find
 
-    one, other = find(first), find(second)
-    hashes = [set(run.results()["token_hash"]) for run in (one, other)]
-    if hashes[0] != hashes[1]:
-        raise UserError(f"{one.id} and {other.id} were scored on different tokens; give both the same target, data and eval settings")
-    from decomp_bench.bootstrap import compare as paired
-
-    try:
-        rows = paired(one.documents(), other.documents(), bootstrap)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    sides = [[find(name) for name in given.split(",")] for given in (first, second)]
+    for side in sides:
+        if len({(run.config.method, str(run.config.method_config), run.config.layers) for run in side}) > 1:
+            raise UserError(f"{', '.join(run.id for run in side)} differ in more than their seed; give one run, or the seeds of one config")
+        if len({run.id for run in side}) < len(side):
+            raise UserError(f"{', '.join(run.id for run in side)}: give each run once")
+    one, other = ([run.documents() for run in side] for side in sides)
+    rows = paired(one, other, bootstrap)
     if not as_json:
-        print(f"{other.id} minus {one.id}")
+        print(f"{', '.join(run.id for run in sides[1])} minus {', '.join(run.id for run in sides[0])}")
     show(json.loads(rows.to_json(orient="records")), as_json)
 
 
