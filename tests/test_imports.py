@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,11 @@ def test_light_modules_import_no_torch(module: str):
 def test_files_and_functions_stay_small():
     long = [str(p.relative_to(ROOT)) for p in FILES if len(p.read_text().splitlines()) > 400]
     assert not long
+
+
+def test_the_tests_that_the_tests_readme_names_are_there():
+    folder = ROOT / "tests"
+    named = set(re.findall(r"`(test_\w+)`", (folder / "README.md").read_text()))
+    there = {name for file in folder.rglob("test_*.py") for name in re.findall(r"^def (test_\w+)\(", file.read_text(), re.M)}
+    assert len(named) > 24
+    assert not named - there
