@@ -23,6 +23,8 @@ def report(
     what: Annotated[
         list[str] | None, typer.Argument(help="Runs and experiments; none: every experiment.", metavar="[{run|experiment}...]")
     ] = None,
+    tokens: Annotated[int, typer.Option(help="Of a run: held-out tokens that its components are looked at on.", min=1)] = 20_000,
+    shown: Annotated[int, typer.Option("--components", help="Of a run: components shown, of all sites together; 0: none.", min=0)] = 256,
     directory: Dir = None,
 ) -> None:
     """Write a page of an experiment, of a run with its components, or of the whole suite: one HTML file each."""
@@ -37,8 +39,21 @@ def report(
         return
     for name in what:
         found = _experiment(name, directory)
-        if found is not None:
-            print(experiment_page(found))
+        print(experiment_page(found) if found is not None else _run(name, tokens, shown))
+
+
+def _run(name: str, tokens: int, shown: int) -> Path:
+    from decomp_bench.cli.display import Line
+    from decomp_bench.report.components import Settings
+    from decomp_bench.report.run import run_page
+    from decomp_bench.runs import find
+
+    try:
+        found = find(name)
+    except UserError as error:
+        raise UserError(str(error).replace("no run ", "no run or experiment ", 1)) from None
+    with Line() as line:
+        return run_page(found, Settings(tokens, shown) if shown else None, line)
 
 
 def _experiment(name: str, directory: Path | None) -> Experiment | None:

@@ -182,7 +182,8 @@ def suite_page(experiments: Sequence[Experiment], root: Path) -> tuple[Path, lis
             }
         )
     if not entries:
-        raise UserError("no experiment has results yet: decomp-bench experiment run 000")
+        first = f"decomp-bench experiment run {experiments[0].name[:3]}" if experiments else "decomp-bench experiment new NAME"
+        raise UserError(f"no experiment has results yet: {first}")
     without = [one for one in experiments if not results_folders(one)]
     return write("suite.html", path, entries=entries, without=without, runs=_run_links(root, path)), pages
 

@@ -16,6 +16,7 @@ from decomp_bench.files import write_text
 NAME = "report.html"
 """What a page is called, beside what it shows."""
 NOTHING = "–"
+VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
 
 
 @cache
@@ -23,7 +24,7 @@ def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("decomp_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"number": number, "count": count}
+    made.filters |= {"number": number, "count": count, "visible": visible}
     made.globals |= {"source": _source}
     return made
 
@@ -56,6 +57,11 @@ def number(value: Any, digits: int = 3) -> str:
     if size >= 10 ** (digits - 1) or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if size < 1e-4 else f"{value:.{max(digits - 1 - math.floor(math.log10(size)), 0)}f}"
+
+
+def visible(text: str) -> str:
+    """Text in which line ends and tabs are seen."""
+    return text.translate(VISIBLE)
 
 
 def count(value: int, noun: str) -> str:

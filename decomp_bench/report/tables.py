@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,7 +122,8 @@ def points(frame: pd.DataFrame) -> Table:
 def _wide(data: pd.DataFrame) -> Table:
     columns = _columns(data)
     varied = [name for name in CONDITIONS if name not in ("mask", "delta") or data[name].nunique() > 1]
-    heads = [Head(name, ABOUT[name]) for name in varied] + _metric_heads(data, columns)
+    metric = dict(zip(data["column"], data["metric"], strict=True))
+    heads = [Head(name, ABOUT[name]) for name in varied] + metric_heads({name: metric[name] for name in columns})
     heads += [Head("seeds", ABOUT["seeds"], True), Head("converged", ABOUT["converged"])]
     rows = []
     for own in sorted((own for _, own in data.groupby([*CONDITIONS, "kind"], sort=False)), key=_order):
@@ -171,14 +172,14 @@ def _columns(data: pd.DataFrame) -> list[str]:
     return sorted(shown, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 
 
-def _metric_heads(data: pd.DataFrame, columns: Iterable[str]) -> list[Head]:
+def metric_heads(columns: Mapping[str, str]) -> list[Head]:
+    """Heads of columns that hold metrics (name of the column -> metric), as the catalogue describes them."""
     from decomp_bench.metrics import metric_catalogue
 
     known = {entry["key"]: entry for entry in metric_catalogue()}
-    metric = dict(zip(data["column"], data["metric"], strict=True))
     heads = []
-    for name in columns:
-        entry = known.get(metric[name], {"title": name, "unit": "", "formula": "", "direction": "none"})
+    for name, metric in columns.items():
+        entry = known.get(metric, {"title": name, "unit": "", "formula": "", "direction": "none"})
         better = {"lower": "; lower is better", "higher": "; higher is better"}.get(entry["direction"], "")
         title = f"{entry['title']} ({entry['unit']})" if entry["unit"] else entry["title"]
         heads.append(Head(title, f"{name}: {entry['formula']}{better}", True))
