@@ -14,6 +14,8 @@ from decomp_bench.report.page import NAME, link, write
 from decomp_bench.report.tables import Table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from decomp_bench.experiment import Experiment
     from decomp_bench.runs import Run
 
@@ -69,10 +71,11 @@ def _sections(experiment: Experiment) -> dict[str, Any]:
 
 
 def _results(experiment: Experiment, folder: Path, page: Path) -> Results:
-    if (folder / "results.parquet").is_file():
-        return _gathered(experiment, folder, page)
+    if (frame := _frame(experiment, folder)) is not None:
+        return _gathered(experiment, folder, page, frame)
     named = [_shown(path) for path in sorted(folder.glob("*.json"))]
-    found = [tables.from_csv(path) for path in sorted(folder.glob("*.csv"))]
+    files = {path.stem: path for kind in ("*.parquet", "*.csv") for path in sorted(folder.glob(kind))}
+    found = [tables.from_file(path) for _, path in sorted(files.items())]
     default = experiment.config.preset or "default"
     preset = "" if folder.name == default else f" --preset {folder.name}"
     command = f"decomp-bench experiment run {experiment.name[:3]}{preset}"
@@ -84,14 +87,24 @@ def _shown(path: Path) -> tuple[str, str]:
     return path.name, text if len(text) <= DATA_LIMIT else f"{text[:DATA_LIMIT]}\n... {len(text) - DATA_LIMIT:,} further characters"
 
 
-def _gathered(experiment: Experiment, folder: Path, page: Path) -> Results:
+def _frame(experiment: Experiment, folder: Path) -> pd.DataFrame | None:
+    """The results frame of a folder; None where it has none, as a program of its own may write tables of any shape."""
     from decomp_bench import results
+
+    path = folder / "results.parquet"
+    if not path.is_file():
+        return None
+    try:
+        return results.read(path)
+    except ValueError as error:
+        if experiment.config.script:
+            return None
+        raise UserError(str(error)) from None
+
+
+def _gathered(experiment: Experiment, folder: Path, page: Path, frame: pd.DataFrame) -> Results:
     from decomp_bench.runs import runs_folder
 
-    try:
-        frame = results.read(folder / "results.parquet")
-    except ValueError as error:
-        raise UserError(str(error)) from None
     about = _manifest(folder)
     manifests = about.get("runs", {})
     target, preset = str(about.get("target", frame["target"].iloc[0])), about.get("preset")

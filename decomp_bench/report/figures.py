@@ -14,15 +14,18 @@ from decomp_bench.report.page import number
 
 WIDTH, HEIGHT = 240, 120
 """Size of a panel in its own units."""
+NARROW = 300
+"""Points below which a figure was drawn for a column."""
 
 
 class Picture(NamedTuple):
-    """A figure as a data address, with what it is called and what it says."""
+    """A figure as a data address, with what it is called and what it says; `narrow` ones fit a column."""
 
     name: str
     title: str
     alt: str
     data: str
+    narrow: bool
 
 
 class Panel(NamedTuple):
@@ -50,19 +53,23 @@ def pictures(folder: Path) -> list[Picture]:
 
 def picture(path: Path) -> Picture:
     """A PNG or SVG file; its caption, where it carries one, is what stands for it."""
-    content, alt, kind = path.read_bytes(), "", "png"
+    content, alt, kind, narrow = path.read_bytes(), "", "png", False
     if path.suffix == ".svg":
         text = content.decode()
         said = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
         alt, kind = html.unescape(said[1]) if said else "", "svg+xml"
+        width = re.search(r'<svg[^>]* width="([\d.]+)pt"', text)
+        narrow = width is not None and float(width[1]) < NARROW
         content = _lean(text).encode()
     title = _title(path.stem)
-    return Picture(path.stem, title, " ".join(alt.split()) or title, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+    data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(path.stem, title, " ".join(alt.split()) or title, data, narrow)
 
 
 def _lean(text: str) -> str:
-    """An SVG without what nobody sees: its metadata, and decimals beyond a hundredth of a point."""
+    """An SVG without what nobody sees: its metadata, its indentation, and decimals beyond a hundredth of a point."""
     text = re.sub(r"<!DOCTYPE.*?>|<metadata>.*?</metadata>|<\?xml.*?\?>", "", text, flags=re.DOTALL).lstrip()
+    text = re.sub(r"\n\s*<", "\n<", text)
     shapes = re.compile(r"<(?:path|use)\b(?![^>]*\btransform)[^>]*>")
     return shapes.sub(lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
 

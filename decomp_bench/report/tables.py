@@ -82,13 +82,13 @@ def plain(caption: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Ta
     return made
 
 
-def from_csv(path: Path) -> Table:
-    """A table of a CSV file; one that cannot be read says so."""
+def from_file(path: Path) -> Table:
+    """A table of a CSV or parquet file; one that cannot be read says so."""
     import pandas as pd
 
     caption = path.stem.replace("_", " ").capitalize()
     try:
-        data = pd.read_csv(path)
+        data = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:
         return Table(caption, [], [], f"{path.name} cannot be read ({type(error).__name__})")
     return plain(caption, data.astype(object).where(data.notna(), None).to_dict("records"), path.name)  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from decomp_bench import analysis, experiment, results
+from decomp_bench.errors import UserError
 from decomp_bench.report import readme, tables
 from decomp_bench.report.experiments import experiment_page, suite_page
 from decomp_bench.report.page import number
@@ -148,14 +150,27 @@ def test_results_of_a_program_of_its_own_are_shown_as_they_are(project):
     folder = project / "results" / "007_something" / "quick"
     folder.mkdir()
     (folder / "rates.csv").write_text("library,rate\n<i>ours</i>,12.5\ntheirs,\n")
+    pd.DataFrame({"concept": ["weather"], "gain": [0.25]}).to_parquet(folder / "results.parquet")
+    place = project / "experiments" / "007_something"
+    (place / "config.yaml").write_text(yaml.safe_dump({"title": "Title", "script": "main.py"}))
     (folder / "machine.json").write_text('{"gemm": "<b>"}')
     path = experiment_page(experiment.load("007"))
     text = path.read_text()
     sound(path)
     assert "&lt;i&gt;ours&lt;/i&gt;" in text
     assert "12.5" in text
+    assert "weather" in text
     assert "&lt;b&gt;" in text
     assert "decomp-bench experiment run 007 --preset quick" in text
+
+
+def test_broken_results_are_one_line_and_leave_the_page_that_was_there(project):
+    path = experiment_page(experiment.load("007"))
+    before = path.read_bytes()
+    (project / "results" / "007_something" / "pydocs-4l" / "results.parquet").write_text("broken")
+    with pytest.raises(UserError, match=r"results\.parquet is not a results file"):
+        experiment_page(experiment.load("007"))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.17704, "0.177"), (8192, "8,192"), (1152.0, "1,152"), (2.13e-5, "2.13e-05")])
