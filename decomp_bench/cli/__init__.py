@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from decomp_bench.cli import exchange, experiments, listing, machine, making, training
+from decomp_bench.cli import exchange, experiments, listing, machine, making, reporting, training
 from decomp_bench.errors import RunFailed, UserError
 
 INTERRUPTED = 130
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (training, experiments, exchange, listing, machine, making):
+for part in (training, experiments, reporting, exchange, listing, machine, making):
     part.register(app)
 
 
