@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,20 @@ def resampled(documents: int, replicates: int) -> np.ndarray:
     """Weights [1 + replicates, documents]: the documents as they are, then how often each is drawn in a resample of the same size."""
     draws = np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=replicates)
     return np.concatenate([np.ones((1, documents)), draws.astype(float)])
+
+
+def spread(replicates: np.ndarray, n: int) -> dict[str, Any]:
+    """value (the first), lo and hi (95% of its resamples, the others) and n; no interval where over a fortieth of them is undefined."""
+    rest = replicates[1:][np.isfinite(replicates[1:])]
+    lo, hi = np.quantile(rest, [0.025, 0.975]) if len(rest) >= max(1.0, 0.975 * (len(replicates) - 1)) else (math.nan, math.nan)
+    return {"value": float(replicates[0]), "lo": float(lo), "hi": float(hi), "n": n}
+
+
+def interval(values: np.ndarray, replicates: int) -> dict[str, Any]:
+    """The mean of independent values, such as one a prompt, with its bootstrap interval; NaN throughout where there are none."""
+    if not len(values):
+        return {"value": math.nan, "lo": math.nan, "hi": math.nan, "n": 0}
+    return spread(resampled(len(values), replicates) @ values / len(values), len(values))
 
 
 def evaluate_sums(metric: Metric, sums: Sums, ctx: Context) -> Values:

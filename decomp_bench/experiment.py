@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from decomp_bench.config import Config, DataConfig, EvalConfig, RunConfig, TrainConfig, merge, parse, parse_set, read_yaml
+from decomp_bench.costs import apart, default_workers, estimate
 from decomp_bench.errors import UserError
 from decomp_bench.gather import collect, draw
+from decomp_bench.measure import errors, missing
+from decomp_bench.measurements import Asked, asked
 from decomp_bench.registry import suggest
 from decomp_bench.runs import Existing, ResolvedRun, Run, folder_at, resolve, runs_folder, target_slug
 
@@ -53,13 +56,17 @@ class ExperimentConfig(Config):
     """File beside config.yaml whose `main(settings, folder)` is the experiment, instead of runs."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What a script is given; presets change it."""
+    measure: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Measurement -> settings: what every run gets once it is evaluated. No run's id depends on it."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`, `settings`)."""
+    """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`, `settings`, `measure`)."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> ExperimentConfig:
         if bool(self.runs) == bool(self.script):
             raise ValueError("give either runs or a script")
+        if self.measure and self.script:
+            raise ValueError("measure is for runs, and a script has none")
         return self
 
 
@@ -111,6 +118,8 @@ class Plan:
     left_out: list[str] = field(default_factory=list)
     every: set[str] = field(default_factory=set)
     """Ids of all methods and seeds that the results folder may hold: those of earlier calls as well."""
+    measure: list[Asked] = field(default_factory=list)
+    """What every run is given once it is evaluated."""
 
     @property
     def folder(self) -> Path:
@@ -169,15 +178,37 @@ def load(name: str, directory: Path | None = None) -> Experiment:
 # ---- planning
 
 
-def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
-    """The configs of every wanted run; raises UserError for an unknown preset, method or key."""
+MEASURE = "measure."
+"""What `--set` items for measurements begin with; the others are for runs."""
+
+
+def _of_preset(experiment: Experiment, options: Options) -> tuple[ExperimentConfig, str | None, str]:
+    """The config under the chosen preset, the preset, and where both are from."""
     where = str(experiment.path / "config.yaml")
     preset = options.preset or experiment.config.preset
     named = set(experiment.config.presets) | {name for spec in experiment.config.runs for name in spec.presets}
     if preset is not None and preset not in named:
         raise UserError(f"{where} has no preset '{preset}'; {suggest(preset, sorted(named)) if named else 'it has none'}")
     chosen = experiment.config.presets.get(preset, {}) if preset else {}
-    whole = parse(ExperimentConfig, merge(experiment.raw, chosen), f"{where}, preset {preset}")
+    return parse(ExperimentConfig, merge(experiment.raw, chosen), f"{where}, preset {preset}"), preset, where
+
+
+def measurements(experiment: Experiment, options: Options) -> list[Asked]:
+    """The measurements of the chosen preset; raises UserError for an unknown one, key or value."""
+    whole, _, where = _of_preset(experiment, options)
+    points = parse_set([item for item in options.set if item.startswith(MEASURE)])
+    if len(points) > 1:
+        raise UserError(f"--set {MEASURE}* takes one value for each key; a list is written [a,b]")
+    over = points[0].get("measure", {})
+    if not isinstance(over, dict) or not all(isinstance(settings, dict) for settings in over.values()):
+        raise UserError(f"--set {MEASURE}NAME.KEY=VALUE changes a measurement's setting")
+    return asked(merge(whole.measure, over), where)
+
+
+def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
+    """The configs of every wanted run; raises UserError for an unknown preset, method or key."""
+    whole, preset, where = _of_preset(experiment, options)
+    sets = tuple(item for item in options.set if not item.startswith(MEASURE))
     methods = list(dict.fromkeys(spec.method for spec in whole.runs))
     for name in options.only:
         if name not in methods:
@@ -187,7 +218,7 @@ def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
     made = []
     for spec in whole.runs:
         if not options.only or spec.method in options.only:
-            made += _spec_configs(spec, preset, common, options.seeds or whole.seeds, options.set, where)
+            made += _spec_configs(spec, preset, common, options.seeds or whole.seeds, sets, where)
     return made
 
 
@@ -217,6 +248,7 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     if len({(config.target, config.data) for config in wanted}) > 1:
         raise UserError("an experiment runs on one target and one data set at a time; give target and data one value each")
     made = Plan(experiment, options.preset or experiment.config.preset, wanted[0].target if wanted else experiment.config.target, [])
+    made.measure = measurements(experiment, options)
     target = targets.load(made.target)
     source = data.source(target, wanted[0].data)
     made.wanted = _resolved(wanted, target, source, made.left_out)
@@ -255,42 +287,23 @@ def _seeds_in(folder: Path) -> set[int]:
         return set()
 
 
-def estimate(config: RunConfig) -> float:
-    """Seconds that a run takes on one core, roughly: what it trains on and is scored on, at rates measured on the embedded target."""
-    from decomp_bench.registry import method
-
-    kind = method(config.method)
-    own = parse(kind.Config, config.method_config, config.method)
-    scored = min(config.eval.tokens, 250_000) / 9000  # seconds of one pass
-    if not kind.trainable or own.steps == 0:
-        return 10.0 + 40 * scored  # its whole curve is an inference-time sweep
-    rows, passes = own.steps * own.batch, 11 if config.eval.sweep else 6
-    if kind.trained_on(own) == "sequences":
-        return 10.0 + rows * (config.data.context or 256) / 1650 + 2.5 * passes * scored
-    return 10.0 + rows / 20_000 + passes * scored
-
-
-def _apart(config: RunConfig) -> list[Any]:
-    from decomp_bench.registry import method
-
-    kind = method(config.method)
-    own = parse(kind.Config, config.method_config, config.method)
-    return [kind.trained_on(own) if kind.trainable else "none", config.target, config.data.model_dump(), config.train.model_dump()]
-
-
 def status(plan: Plan) -> list[dict[str, Any]]:
-    """One entry for each wanted run: id, status (missing where nothing is there yet) and the estimated seconds."""
+    """One entry for each wanted run: id, status (missing where nothing is there yet, unmeasured where it has no rows of a measurement)
+    and the estimated seconds of what is left to do."""
     rows = []
     for one in plan.wanted:
         run = Run(runs_folder() / one.id)
         there = run.path.is_dir()
+        lacking = missing(run, plan.measure)
+        state = run.status if there else "missing"
+        done = state == "done" and run.evaluated
         rows.append(
             {
                 "id": one.id,
                 "method": one.config.method,
                 "seed": one.config.seed,
-                "status": run.status if there else "missing",
-                "seconds": round(estimate(one.config)),
+                "status": "unmeasured" if done and lacking else state,
+                "seconds": round((0 if done else estimate(one.config)) + sum(one.seconds for one in lacking)),
                 "path": str(run.path) if there else "",
             }
         )
@@ -300,29 +313,12 @@ def status(plan: Plan) -> list[dict[str, Any]]:
 # ---- running
 
 
-def default_workers(config: TrainConfig) -> int:
-    """As many as the cores carry; one where a GPU does the work, which a list of runs shares better than processes do."""
-    from decomp_bench.provenance import cores, has_nvidia
-
-    if config.device.startswith("cuda") or (config.device == "auto" and has_nvidia()):
-        return 1
-    return max(1, cores() // config.threads)
-
-
 def run(experiment: Experiment, options: Options, report: Callable[[Overview], None] | None = None) -> Outcome:
     """Execute the missing runs in workers and gather the results; a run that fails is reported, not raised."""
-    from decomp_bench.workers import chunked, launch
-
     with folder_at(experiment.root / "results" / "runs"):
         made = plan(experiment, options)
-        todo = [one for one, row in zip(made.wanted, status(made), strict=True) if not _settled(row, options.existing)]
-        failures: list[str] = []
-        if todo:
-            todo_configs = [one.config for one in todo]
-            workers = options.workers or default_workers(todo_configs[0].train)
-            groups = launch(chunked(todo_configs, estimate, _apart, workers), workers, options.existing, experiment.name, report)
-            failures = [f"{group.label}: {group.error}" for group in groups if group.error]
-            failures += [f"{one.id}: {one.manifest.get('error')}" for group in groups for one in group.runs if one.status == "failed"]
+        todo = {one.id: row for one, row in zip(made.wanted, status(made), strict=True) if not _settled(row, options.existing)}
+        failures = _execute(made, todo, options, report) if todo else []
         frame = collect(made)
         figures: list[Path] = []
         try:
@@ -332,9 +328,31 @@ def run(experiment: Experiment, options: Options, report: Callable[[Overview], N
     return Outcome(made, frame, len(todo), failures, figures)
 
 
+def _execute(made: Plan, todo: dict[str, dict[str, Any]], options: Options, report: Callable[[Overview], None] | None) -> list[str]:
+    """Execute runs in workers; returns what failed, one line each."""
+    from decomp_bench.workers import chunked, launch
+
+    wanted = [one for one in made.wanted if one.id in todo]
+    measuring = sum(one.seconds for one in made.measure)
+    whole = options.existing == "overwrite"
+    seconds = {id(one.config): (estimate(one.config) + measuring if whole else max(1.0, todo[one.id]["seconds"])) for one in wanted}
+    workers = options.workers or default_workers(wanted[0].config.train)
+    groups = chunked([one.config for one in wanted], lambda config: seconds[id(config)], apart, workers)
+    for group in groups:
+        group.measuring = min(1.0, len(group.configs) * measuring / group.cost)
+    settings = {one.name: one.settings.model_dump(mode="json") for one in made.measure}
+    launch(groups, workers, options.existing, made.experiment.name, report, settings)
+    failures = [f"{group.label}: {group.error}" for group in groups if group.error]
+    for run in [run for group in groups for run in group.runs]:
+        failures += [f"{run.id}: {run.manifest.get('error')}"] if run.status == "failed" else errors(run)
+    return failures
+
+
 def _settled(row: dict[str, Any], existing: Existing) -> bool:
     if row["status"] == "missing" or existing == "overwrite":
         return False
     if existing == "error":
         raise UserError(f"run {row['id']} exists; use --existing resume, skip or overwrite")
-    return existing == "skip" or (row["status"] == "done" and Run(Path(row["path"])).evaluated)
+    if existing == "skip":
+        return row["status"] != "unmeasured"
+    return row["status"] == "done" and Run(Path(row["path"])).evaluated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from decomp_bench.errors import UserError
 from decomp_bench.files import write_json
@@ -45,8 +45,44 @@ def collect(plan: Plan) -> pd.DataFrame | None:
     whole = (frame["layer"] == "all") & (frame["site"] == "all")  # the CSV is for reading; every layer and site is in the parquet
     results.write(frame[whole], plan.folder / "results.csv")
     _collect_documents(done, plan.folder)
+    _collect_measurements(done, plan)
     _collect_manifests(done, plan, set(frame["run_id"]))
     return frame
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a results folder, empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _collect_measurements(done: list[Run], plan: Plan) -> None:
+    """NAME.parquet and NAME.csv of every measurement: the rows of all runs that have them, those about the target once.
+
+    Rows that were there stay, as for results, where they were made with the same settings and version.
+    """
+    import pandas as pd
+
+    from decomp_bench import results
+
+    before = _manifest(plan.folder).get("measurements", {})
+    for one in plan.measure:
+        frames = [results.read(one.file(run.path)) for run in done if one.file(run.path).is_file()]
+        path = plan.folder / f"{one.name}.parquet"
+        if before.get(one.name, {}).get("key") == one.key and path.is_file():
+            kept = results.read(path)
+            frames.append(kept[kept["run_id"].fillna("").isin({"", *plan.every} - {run.id for run in done})])
+        frames = [frame for frame in frames if len(frame)]
+        if frames:
+            frame = pd.concat(frames, ignore_index=True).drop_duplicates(ignore_index=True)
+            of_target = frame["run_id"].fillna("") == ""
+            frame["experiment"] = frame["experiment"].mask(~of_target, plan.experiment.name)
+            frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True)
+            results.write(frame, path)
+            results.write(frame, path.with_suffix(".csv"))
 
 
 def _collect_documents(done: list[Run], folder: Path) -> None:
@@ -66,13 +102,15 @@ def _collect_documents(done: list[Run], folder: Path) -> None:
 
 def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     """manifest.json: for every run in the results its manifest and config, so that the run folders need not be kept."""
-    path = plan.folder / "manifest.json"
-    try:
-        runs = {key: value for key, value in json.loads(path.read_text())["runs"].items() if key in kept}
-    except (OSError, ValueError, KeyError):
-        runs = {}
+    runs = {key: value for key, value in _manifest(plan.folder).get("runs", {}).items() if key in kept}
     runs |= {one.id: {**one.manifest, "config": one.config.model_dump(mode="json")} for one in done}
-    write_json({"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}, path)
+    about: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
+    if plan.measure:
+        about["measurements"] = {
+            one.name: {"key": one.key, "version": one.measurement.version, "settings": one.settings.model_dump(mode="json")}
+            for one in plan.measure
+        }
+    write_json(about, plan.folder / "manifest.json")
 
 
 def draw(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Training and evaluating runs in this process: claim their folders, train together what can be, evaluate, record."""
+"""Training and evaluating runs in this process: claim their folders, train together what can be, evaluate, measure, record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from filelock import Timeout
 
 from decomp_bench.config import RunConfig, digest
 from decomp_bench.errors import UserError
+from decomp_bench.measure import Bench, measure
 from decomp_bench.runs import Existing, ResolvedRun, Run, create, find_trained, resolve, runs_folder
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ def execute(
     experiment: str = "",
     progress: Progress | None = None,
     mode: Mode = "all",
+    measurements: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Run]:
-    """Train and evaluate runs in this process; each run's status says how it went.
+    """Train, evaluate and measure runs in this process; each run's status says how it went.
 
-    Mode `train` leaves the evaluation out; `evaluate` evaluates again what is trained already, and trains nothing.
+    `measurements` are names and settings (see `decomp_bench.measurements`); they need a run that is done. Mode `train` leaves the
+    evaluation out; `evaluate` evaluates again what is trained already, and trains nothing.
     Raises UserError before anything is written where a config does not fit. One run's failure does not stop the others; an
     interruption saves the state of all and is raised again.
     """
@@ -63,6 +66,8 @@ def execute(
                 claims = [_claim(one, existing, mode, stack) for one in resolved]
                 _work(claims, target, source, experiment, tell, mode)
                 _publish(claims)
+                if measurements and mode == "all":
+                    measure([claim.run for claim in claims if not claim.note], Bench(target, source, experiment, tell), measurements)
                 runs += [claim.run for claim in claims]
     return runs
 

@@ -37,18 +37,30 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "init": ("string", "initialisation of the components, empty where the method has one only"),
     "base": ("string", "ablation that a recovered share refers to: mean or zero, else empty"),
     "positions": ("string", "scored positions, such as 1: (the first is never replaced nor scored)"),
+    "condition": ("string", "what else a measurement varied, such as `concept=graphs; factor=2`; empty in the harness's own rows"),
     "metric": ("string", "key in the metric catalogue"),
     "metric_version": ("Int64", "version of the metric's definition"),
     "value": ("float64", "the value, NaN where not applicable"),
     "lo": ("float64", "lower end of the 95% document bootstrap interval"),
     "hi": ("float64", "upper end"),
-    "n": ("Int64", "scored tokens"),
+    "n": ("Int64", "scored tokens; of a measurement what its interval is over, such as documents or prompts"),
     "applicable": ("string", "yes, no or trivial (true by construction)"),
     "reason": ("string", "why not applicable or trivial"),
     "converged": ("string", "yes, no or unknown: did the last third of training still move the headline metric by more than its interval"),
     "step": ("Int64", "training steps taken"),
     "schema_version": ("Int64", "version of this schema"),
 }
+
+
+def condition(**varied: object) -> str:
+    """A condition in words: `key=value` pairs, those without a value left out."""
+    return "; ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in varied.items() if value != "")
+
+
+def unfolded(data: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a column of text for each key of its conditions, empty where a row has none; numbers stay as they were written."""
+    parts = [dict(pair.split("=", 1) for pair in text.split("; ") if pair) for text in data["condition"].fillna("")]
+    return data.assign(**{key: [part.get(key, "") for part in parts] for key in dict.fromkeys(key for part in parts for key in part)})
 
 
 def frame(rows: Iterable[dict]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Group:
     label: str
     cost: float = 1.0
     """Estimated seconds; only the ratio to other groups matters."""
+    measuring: float = 0.0
+    """Part of the cost that measurements after training and evaluation take."""
     process: subprocess.Popen | None = None
     folder: Path | None = None
     event: dict[str, Any] = field(default_factory=dict)
@@ -53,9 +55,13 @@ class Group:
         done = min(1.0, (self.event.get("step") or self.event.get("batch") or 0) / whole)
         if self.finished:
             return 1.0
+        if phase == "measure":
+            return 1 - self.measuring * (1 - done)
         if phase == "evaluate":
-            return 1 - EVALUATION_SHARE + EVALUATION_SHARE * done
-        return (1 - EVALUATION_SHARE) * done if phase == "train" else 0.0
+            done = 1 - EVALUATION_SHARE + EVALUATION_SHARE * done
+        else:
+            done = (1 - EVALUATION_SHARE) * done if phase == "train" else 0.0
+        return (1 - self.measuring) * done
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def launch(
     existing: Existing = "resume",
     experiment: str = "",
     report: Callable[[Overview], None] | None = None,
+    measurements: Mapping[str, Mapping[str, Any]] | None = None,
     every: float = 0.5,
 ) -> list[Group]:
     """Execute groups in worker processes, so many at a time. Ctrl-C stops them, waits until they saved their state, and is raised again."""
@@ -106,7 +113,10 @@ def launch(
         while not all(group.finished for group in groups):
             running = [group for group in groups if group.process is not None and not group.finished]
             while waiting and len(running) < workers:
-                running.append(_start(waiting.pop(0), folder, len(groups) - len(waiting), existing, experiment))
+                group = waiting.pop(0)
+                job = {"existing": existing, "experiment": experiment, "measurements": measurements or {}}
+                _start(group, folder / f"{len(groups) - len(waiting):02d}", job)
+                running.append(group)
             for group in running:
                 _look(group)
             if report is not None:
@@ -122,11 +132,10 @@ def launch(
     return groups
 
 
-def _start(group: Group, folder: Path, number: int, existing: Existing, experiment: str) -> Group:
-    group.folder = folder / f"{number:02d}"
+def _start(group: Group, folder: Path, job: dict[str, Any]) -> None:
+    group.folder = folder
     group.folder.mkdir(parents=True)
-    configs = [config.model_dump(mode="json") for config in group.configs]
-    job = {"configs": configs, "existing": existing, "experiment": experiment, "parent": os.getpid()}
+    job |= {"configs": [config.model_dump(mode="json") for config in group.configs], "parent": os.getpid()}
     (group.folder / "job.json").write_text(json.dumps(job))
     threads = str(group.configs[0].train.threads)
     environment = {**os.environ, FOLDER_VARIABLE: str(runs_folder().resolve()), "PYTHONUNBUFFERED": "1"}
@@ -136,7 +145,6 @@ def _start(group: Group, folder: Path, number: int, existing: Existing, experime
         command = [sys.executable, "-m", "decomp_bench.workers", str(group.folder / "job.json")]
         # A session of its own: Ctrl-C reaches this process only, which then stops the workers one way for every signal.
         group.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
-    return group
 
 
 def _look(group: Group) -> None:
@@ -208,7 +216,7 @@ def work(job_file: Path) -> int:
     result: dict[str, Any] = {"runs": [], "error": ""}
     try:
         configs = [RunConfig.model_validate(config) for config in job["configs"]]
-        result["runs"] = [run.id for run in execute(configs, job["existing"], job["experiment"], tell)]
+        result["runs"] = [run.id for run in execute(configs, job["existing"], job["experiment"], tell, measurements=job["measurements"])]
     except KeyboardInterrupt:
         return 130
     except UserError as error:

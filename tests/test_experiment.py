@@ -53,10 +53,10 @@ def place(tmp_path, monkeypatch, toy):
     return tmp_path / "project"
 
 
-def here(groups, count, existing, name, report):
+def here(groups, count, existing, name, report, measurements):
     """Workers' work, done in this process."""
     for group in groups:
-        group.runs = launch.execute(group.configs, existing, name)
+        group.runs = launch.execute(group.configs, existing, name, measurements=measurements)
         group.finished = True
     return groups
 
@@ -184,3 +184,4 @@ def test_experiments_of_the_project_are_sound():
         for preset in found.config.presets:
             options = Options(preset=preset)
             assert script.settings(found, options) if found.config.script else experiment.configs(found, options)
+            assert len(experiment.measurements(found, options)) == len(found.config.measure)

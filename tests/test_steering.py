@@ -7,23 +7,28 @@ import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from decomp_bench import registry
+from decomp_bench import registry, results
 from decomp_bench.concepts.base import Concept
-from decomp_bench.concepts.detectors import detectors
+from decomp_bench.concepts.detectors import aurocs, detectors
 from decomp_bench.concepts.sample import SPLIT, draw, half_of
 from decomp_bench.concepts.tokens import token
 from decomp_bench.concepts.topics import topic
-from decomp_bench.config import parse
-from decomp_bench.contenders import COLUMNS, Contender, forms
+from decomp_bench.config import DataConfig, parse
+from decomp_bench.data import source as open_source
 from decomp_bench.data.streams import with_clean
 from decomp_bench.errors import UserError
-from decomp_bench.intervene import Intervention, one
+from decomp_bench.forms import everything_on, forms
+from decomp_bench.intervene import Intervention, intervened, one
+from decomp_bench.measurements import measurement
+from decomp_bench.measurements import steering as steering_module
+from decomp_bench.measurements import topic_ablation as ablation_module
 from decomp_bench.selection import best, components, controls, scores
-from decomp_bench.steering import SteeringConfig, frontier, steer
-from decomp_bench.topic_ablation import AblationConfig, ablate, at_damage, losses, selectivity
+from decomp_bench.steering import SteeringConfig
+from decomp_bench.topic_ablation import AblationConfig, Resamples, at_damage, losses, selectivity
 from tests.conftest import open_target
 from tests.test_intervene import METHODS, make
 
@@ -32,8 +37,18 @@ LETTER = "z"
 PLANTED = token("the letter z", LETTER)
 TOPIC = topic("zoo")
 SMALL = SteeringConfig(
-    factors=(0.5, 2.0), prompts=12, prompt_tokens=4, length=10, prefixes=(4,), general=60, positive=10, reft_steps=3, bootstrap=50
+    factors=(0.5, 2.0),
+    prompts=12,
+    prompt_tokens=4,
+    length=10,
+    prefixes=(4,),
+    general=60,
+    positive=10,
+    reft_steps=3,
+    controls=4,
+    bootstrap=200,
 )
+NOWHERE = Concept("nowhere", "topic", ("nowhere",))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +89,7 @@ def planted(tiny_arcee, tmp_path_factory):
 def neurons(planted):
     kind = registry.method("neurons")
     made = kind(parse(kind.Config, {}, "neurons"), planted[0], (LAYER,), 0).eval()
-    return Contender("neurons", "run-1", made).everything_on()
+    return everything_on(made)[0]
 
 
 def test_folds_share_no_document(planted):
@@ -98,14 +113,16 @@ def test_labels_hold_at_real_tokens_only(planted):
 
 def test_the_planted_component_is_found_for_tokens_and_for_topics_and_controls_are_as_active(planted, neurons):
     sample = draw(planted[1], "A", [PLANTED, TOPIC], 60, 20)
-    found = scores(neurons.decomposer, sample)
+    found = scores(neurons, sample)
     for c in range(2):
-        (first,) = best(found, c)
+        first, second = best(found, c, 2)
         assert (first.site, first.component) == (str(LAYER), NEURON)
-        assert first.auroc > 0.9
-        (control,) = controls(found, [first], c, np.random.default_rng(0))
-        assert control.component != NEURON
-        assert control.density == pytest.approx(first.density, abs=0.3)
+        assert first.auroc > second.auroc
+        drawn = controls(found, [first] * 5, c, np.random.default_rng(0))
+        assert len({one_of.component for one_of in drawn} - {NEURON}) == 5
+        distance = (found[first.site].density - first.density).abs()
+        nearest = distance.sort().values[15]  # itself, and ten that are left after five were drawn
+        assert all(abs(one_of.density - first.density) <= nearest for one_of in drawn)
     assert components([first]) == {str(LAYER): {NEURON: 1.0}}
 
 
@@ -113,54 +130,117 @@ def test_taking_sites_in_turn_changes_no_score(planted, neurons, monkeypatch):
     import decomp_bench.selection as module
 
     sample = draw(planted[1], "A", [PLANTED, TOPIC], 20, 10)
-    whole = scores(neurons.decomposer, sample)
+    whole = scores(neurons, sample)
     monkeypatch.setattr(module, "HELD_BYTES", 1)
-    for name, score in scores(neurons.decomposer, sample, size=7).items():
+    for name, score in scores(neurons, sample, size=7).items():
         torch.testing.assert_close(score.auroc, whole[name].auroc, equal_nan=True)
 
 
 def test_detectors_tell_texts_of_documents_they_have_not_seen(planted):
-    sample = draw(planted[1], "D", [PLANTED, TOPIC, Concept("nowhere", "topic", ("nowhere",))], 150, 60)
+    sample = draw(planted[1], "D", [PLANTED, TOPIC, NOWHERE], 150, 60)
     letter, zoo, nowhere = detectors(sample, 8)
-    assert letter.auroc == 1
+    assert (letter.auroc, letter.by_definition, zoo.by_definition) == (1, True, False)
     assert letter.score(["zzzz", "the cat"]).tolist() == [1, 0]
     assert math.isnan(nowhere.auroc)
-    assert zoo.auroc > 0.9
-    assert zoo.texts > 20
+    assert 0.5 < zoo.lo <= zoo.auroc <= zoo.hi  # better than chance by its interval: most texts have a letter that no other topic has
+
+
+def test_auroc_of_resampled_documents_is_that_of_the_texts_drawn():
+    from sklearn.metrics import roc_auc_score
+
+    draws = np.random.default_rng(0)
+    values, labels, documents = draws.integers(0, 4, 60).astype(float), draws.random(60) < 0.4, np.arange(60) // 3
+    found = aurocs(values, labels, documents, 3)
+    from decomp_bench.bootstrap import resampled
+
+    for auroc, weight in zip(found, resampled(20, 3), strict=True):
+        assert auroc == pytest.approx(roc_auc_score(labels, values, sample_weight=weight[documents]))
+
+
+def measured(module, name, decomposer, source, config, concepts):
+    """Rows of a measurement as a frame with a column for each key of their conditions; the concepts are these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "concepts_of", lambda dataset, names: concepts)
+        module._met.cache_clear()
+        rows = measurement(name).measure(decomposer, source, config, lambda done, parts: told.append((done, parts)))
+    frame = pd.DataFrame(rows)
+    return results.unfolded(frame.assign(family=frame["family"].fillna("own"), reason=frame["reason"].fillna("")))
+
+
+told: list[tuple[int, int]] = []
 
 
 @pytest.fixture(scope="module")
 def steered(planted, neurons):
-    return steer([neurons], planted[1], SMALL, [PLANTED])
+    told.clear()
+    return measured(steering_module, "steering", neurons, planted[1], SMALL, [PLANTED, NOWHERE])
 
 
-def test_the_planted_component_steers_and_random_ones_do_not(steered):
-    planted_row = steered[(steered["form"] == "write") & steered["chosen"]].iloc[0]
-    assert (planted_row["site"], planted_row["component"], planted_row["run"]) == (str(LAYER), NEURON, "run-1")
-    pushed = steered[(steered["metric"] == "concept") & (steered["split"] == "C") & (steered["factor"] == 2.0)].set_index("form")["value"]
-    assert pushed["write"] > 0.25  # all that the unsteered text leaves: two thirds of it has the letter already
-    assert pushed["write, random component"] < 0.1
+def rows_of(frame, **wanted):
+    for key, value in wanted.items():
+        frame = frame[frame[key] == value]
+    return frame
 
 
-def test_rows_are_tidy_and_the_factor_is_chosen_on_b(steered):
-    assert list(steered.columns) == list(COLUMNS)
-    assert {"difference in means", "probe", "ReFT-r1", "random direction", "prompt", "neurons", "detector"} == set(steered["method"])
-    unit = steered[steered["metric"].isin(["concept", "fluency", "score", "variety"])]
-    assert unit["value"].between(0, 1).all()
-    assert (unit["lo"] <= unit["value"] + 1e-9).all()
-    assert (unit["value"] <= unit["hi"] + 1e-9).all()
-    for _, group in steered[(steered["metric"] == "score") & (steered["method"] != "prompt")].groupby(["method", "form"]):
-        on_b = group[group["split"] == "B"]
-        assert set(group[group["chosen"]]["factor"]) == {on_b.loc[on_b["value"].idxmax(), "factor"]}
-    table = frontier(steered)
-    assert {"concept", "fluency", "score", "factor", "form"} <= set(table.columns)
-    assert len(table[table["form"] == "write"]) == 2
+def test_the_planted_component_steers_more_than_random_ones_do(steered):
+    picked = rows_of(steered, family="own", metric="selection_auroc").iloc[0]
+    assert (picked["site"], picked["component"]) == (str(LAYER), str(NEURON))
+    at_most = rows_of(steered, family="own", metric="steering_concept", concept=PLANTED.name, factor="2").set_index("way")
+    assert (
+        at_most.loc["component", "lo"] > at_most.loc["random components", "hi"]
+    )  # what it writes is the letter; fluency is another matter
+
+
+def test_the_gain_is_the_paired_difference_from_the_mean_of_random_components(steered):
+    own = rows_of(steered, family="own", concept=PLANTED.name)
+    at_chosen = rows_of(own, metric="steering_score", factor="chosen").set_index("way")["value"]
+    gain = rows_of(own, metric="steering_gain")["value"].item()
+    assert gain == pytest.approx(at_chosen["component"] - at_chosen["random components"])
+
+
+def test_progress_ends_at_its_whole(steered):
+    assert told[-1][0] == told[-1][1]
+    assert told == sorted(told)
+
+
+def test_scores_are_bounded_and_lie_in_their_intervals(steered):
+    scored = steered[steered["metric"].isin(["steering_concept", "steering_fluency", "steering_score"]) & steered["value"].notna()]
+    assert scored["value"].between(0, 1).all()
+    assert ((scored["lo"] <= scored["value"] + 1e-9) & (scored["value"] <= scored["hi"] + 1e-9)).all()
+    names = {"difference in means", "probe", "ReFT-r1", "prompt", "no steering", "own"}
+    assert set(scored["family"]) == names
+
+
+def test_the_factor_that_counts_is_the_one_that_fold_b_prefers(steered):
+    """The row of the chosen factor repeats the one of a factor of the grid, and that factor is the one that is named."""
+    for _, group in steered[steered["way"].isin(["component", "baseline"]) & (steered["concept"] == PLANTED.name)].groupby("family"):
+        (factor,) = rows_of(group, metric="steering_factor")["value"]
+        whole = rows_of(group, metric="steering_score")
+        chosen, grid = whole[whole["factor"] == "chosen"]["value"], whole[whole["factor"] == f"{factor:g}"]["value"]
+        assert chosen.item() == grid.item()
+
+
+def test_a_concept_without_a_good_detector_is_left_out_with_its_figure(steered):
+    out = rows_of(steered, concept=NOWHERE.name)
+    assert set(out["metric"]) == {"detector_auroc", "steering_score"}
+    assert "left out" in rows_of(out, metric="steering_score")["reason"].item()
+    trivial = rows_of(steered, concept=PLANTED.name, metric="detector_auroc")
+    assert trivial["applicable"].item() == "trivial"
+    assert set(out["run_id"]) == {""}
+
+
+def test_what_is_over_all_concepts_is_their_mean(steered):
+    own = rows_of(steered, family="own", way="component", factor="chosen", metric="steering_score")
+    one_concept, over = own[own["concept"] == PLANTED.name], own[own["concept"] == "all"]
+    assert set(over["over"]) == {"concepts", "prompts"}
+    assert over["value"].tolist() == pytest.approx([one_concept["value"].item()] * 2)  # of one concept
+    over_prompts = rows_of(over, over="prompts")
+    assert over_prompts[["lo", "hi"]].to_numpy().tolist() == pytest.approx(one_concept[["lo", "hi"]].to_numpy())
 
 
 def test_steering_twice_gives_the_same_rows(planted, neurons, steered):
-    import pandas as pd
-
-    pd.testing.assert_frame_equal(steer([neurons], planted[1], SMALL, [PLANTED]), steered)
+    again = measured(steering_module, "steering", neurons, planted[1], SMALL, [PLANTED, NOWHERE])
+    pd.testing.assert_frame_equal(again, steered)
 
 
 def test_every_method_has_its_forms(planted):
@@ -175,37 +255,67 @@ def test_every_method_has_its_forms(planted):
     assert {name: [form.name for form in forms(make(name, planted[0]))] for name in METHODS} == expected
 
 
-def test_the_planted_component_is_what_its_ablation_removes(planted, neurons):
-    config = AblationConfig(counts=(1, 4), damages=(1e-4, 50.0), general=60, positive=20, off_rows=30, on_rows=12, bootstrap=50)
-    frame = ablate([neurons], planted[1], config, [TOPIC])
-    at_one = frame[(frame["factor"] == 1) & (frame["method"] == "neurons")].pivot(index="form", columns="metric", values="value")
-    assert at_one.loc["components", "ce_on"] > 0.2
-    assert at_one.loc["components", "ce_off"] < 0  # the model was not trained with it: other text gains
-    assert abs(at_one.loc["random components", "ce_on"]) < at_one.loc["components", "ce_on"] / 5
-    assert {"difference in means", "random direction"} <= set(frame["method"])
-    assert frame[frame["metric"].str.startswith("selectivity")]["value"].dropna().between(0, 1).all()
-    beyond = frame[(frame["factor"] == 50.0)]
+ABLATION = AblationConfig(
+    counts=(1, 4),
+    control_counts=(1, 4, 12, 20),
+    damages=(1e-4, 50.0),
+    general=60,
+    positive=20,
+    off_rows=30,
+    on_rows=12,
+    controls=3,
+    bootstrap=200,
+)
+
+
+@pytest.fixture(scope="module")
+def ablated(planted, neurons):
+    return measured(ablation_module, "topic_ablation", neurons, planted[1], ABLATION, [TOPIC, NOWHERE])
+
+
+def test_the_planted_component_is_what_its_ablation_removes(ablated):
+    at_one = rows_of(ablated, family="own", metric="ablation_on", count="1", concept=TOPIC.name).set_index("way")
+    assert at_one.loc["component", "lo"] > at_one.loc["random components", "hi"]
+    (gain,) = rows_of(ablated, family="own", metric="ablation_gain", concept=TOPIC.name, damage="0.0001").to_dict("records")
+    assert gain["lo"] > 0
+
+
+def test_ablation_is_compared_with_directions_and_says_what_is_missing(ablated):
+    assert {"difference in means", "own", "concept"} == set(ablated["family"])
+    assert ablated[ablated["metric"].str.contains("selectivity")]["value"].dropna().between(0, 1).all()
+    beyond = rows_of(ablated, damage="50", way="component")
     assert beyond["value"].isna().all()
-    assert (beyond["reason"] == "this much damage was not reached").all()
+    assert beyond[beyond["concept"] != "all"]["reason"].str.contains("not reached").all()
+    assert rows_of(ablated, concept=NOWHERE.name)["reason"].item() == "fewer than two held-out documents of the concept"
 
 
-def test_losses_do_not_depend_on_padding(planted, neurons):
-    sample = draw(planted[1], "C", [TOPIC], 20, 5)
-    ablated = one(str(LAYER), NEURON)
-    (whole,) = losses(neurons.decomposer, sample, [ablated])
-    target = planted[0]
-    from decomp_bench.intervene import intervened
-
-    for document, rise, tokens in zip(whole.document, whole.rise, whole.tokens, strict=True):
-        total, count = 0.0, 0
+def test_losses_do_not_depend_on_padding_and_are_split_by_what_is_predicted(planted, neurons):
+    sample = draw(planted[1], "C", [PLANTED], 20, 0)
+    chosen = one(str(LAYER), NEURON)
+    found = losses(neurons, sample, 0, [chosen])
+    target, source = planted
+    for document, tokens, rise in zip(found.document, found.tokens.T, found.rise[0].T, strict=True):
+        total, count = np.zeros(2), np.zeros(2)
         for i in np.flatnonzero(sample.documents == document):
-            x = planted[1].batch("test", sample.index[i : i + 1]).x
-            batch = with_clean(planted[1], planted[1].batch("test", sample.index[i : i + 1]), {f"{LAYER}.mlp.in"})
-            out = intervened(neurons.decomposer, batch, Intervention("zero", ablated)).logits
-            nll = [torch.nn.functional.cross_entropy(logits[0, 1:-1], x[0, 2:], reduction="sum") for logits in (out, target(x))]
-            total, count = total + float(nll[0] - nll[1]), count + x.shape[1] - 2
-        assert tokens == count
-        assert rise == pytest.approx(total, abs=1e-3)
+            batch = with_clean(source, source.batch("test", sample.index[i : i + 1]), {f"{LAYER}.mlp.in"})
+            x = batch.x[0]
+            out = intervened(neurons, batch, Intervention("zero", chosen)).logits
+            nll = [torch.nn.functional.cross_entropy(logits[0, 1:-1], x[2:], reduction="none") for logits in (out, target(batch.x))]
+            on = (x[2:] == 26).numpy()
+            for side, kept in enumerate((on, ~on)):
+                total[side] += float((nll[0] - nll[1])[torch.from_numpy(kept)].sum())
+                count[side] += kept.sum()
+        np.testing.assert_array_equal(tokens, count)
+        np.testing.assert_allclose(rise, total, atol=1e-3)
+
+
+def test_resamples_keep_the_number_of_documents_of_each_topic():
+    topics = np.array([[True], [True], [False], [False], [False]])
+    drawn = Resamples.of(np.array([3, 5, 6, 8, 9]), topics, 40)
+    np.testing.assert_array_equal(drawn.weight[0], 1)
+    np.testing.assert_array_equal(drawn.weight[:, :2].sum(1), 2)
+    np.testing.assert_array_equal(drawn.weight[:, 2:].sum(1), 3)
+    assert len(np.unique(drawn.weight, axis=0)) > 10
 
 
 def test_selectivity_is_bounded_and_best_where_nothing_else_is_hurt():
@@ -214,17 +324,17 @@ def test_selectivity_is_bounded_and_best_where_nothing_else_is_hurt():
 
 
 def test_loss_at_equal_damage_is_interpolated_and_never_extrapolated():
-    on, off = [np.array([1.0]), np.array([3.0])], [np.array([0.1]), np.array([-0.3])]
+    on, off = np.array([[1.0], [3.0]]), np.array([[0.1], [-0.3]])
     assert [float(at_damage(on, off, d)[0]) for d in (0.05, 0.1, 0.2)] == pytest.approx([0.5, 1.0, 2.0])
     assert math.isnan(at_damage(on, off, 0.4)[0])
 
 
-def test_what_cannot_be_done_is_said(planted, neurons):
-    with pytest.raises(UserError, match="at least one run"):
-        steer([], planted[1], SMALL, [PLANTED])
+def test_what_cannot_be_done_is_said(planted, neurons, toy):
     with pytest.raises(UserError, match="no concept 'grpahs'"):
-        steer([neurons], planted[1], SMALL.model_copy(update={"concepts": ("grpahs",)}))
-    with pytest.raises(UserError, match="no topics"):
-        ablate([neurons], planted[1], AblationConfig())
+        measurement("steering").measure(neurons, planted[1], SMALL.model_copy(update={"concepts": ("grpahs",)}), print)
     with pytest.raises(UserError, match="fewer than two rows"):
-        steer([neurons], planted[1], SMALL.model_copy(update={"length": 30}), [PLANTED])
+        measured(steering_module, "steering", neurons, planted[1], SMALL.model_copy(update={"length": 30}), [PLANTED])
+    for name in ("steering", "topic_ablation"):
+        one_of = measurement(name)
+        with pytest.raises(UserError, match="needs text"):
+            one_of.measure(neurons, open_source(toy[0], DataConfig()), one_of.Settings(), print)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from decomp_bench.bootstrap import resampled, spread
 from decomp_bench.concepts.base import Concept
 from decomp_bench.concepts.sample import Sample, half_of
 from decomp_bench.errors import UserError
 
 HELD_OUT = 3
 """Every third document of the detectors' fold is not trained on."""
+RESAMPLES = 500
+"""Of the held-out documents, behind a detector's interval."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,17 @@ class Detector:
     concept: Concept
     auroc: float
     texts: int
+    lo: float = math.nan
+    hi: float = math.nan
+    """Ends of the AUROC's 95% interval over held-out documents."""
     model: Any = None
     usual: float = 1.0
     """Share of characters where a concept of spans holds, in texts that have it: there the score is one."""
+
+    @property
+    def by_definition(self) -> bool:
+        """Whether the detector is the concept's own definition, so that its AUROC says nothing."""
+        return not self.concept.of_documents
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Calibrated probability of a topic, or the share of a concept of spans over its usual share, at most one."""
@@ -48,17 +59,18 @@ def detectors(sample: Sample, width: int) -> list[Detector]:
     texts, rows = windows(sample, width)
     names = sample.source.rows(sample.split).documents
     assert all(half_of(names[doc]) == "D" for doc in np.unique(sample.documents)) or sample.fold != "D"
-    held_out = sample.documents[rows] % HELD_OUT == 0
-    return [_detector(concept, texts, _labels(sample, c, concept, texts, rows), held_out) for c, concept in enumerate(sample.concepts)]
+    return [
+        _detector(concept, texts, _labels(sample, c, concept, texts, rows), sample.documents[rows])
+        for c, concept in enumerate(sample.concepts)
+    ]
 
 
 def _labels(sample: Sample, c: int, concept: Concept, texts: list[str], rows: np.ndarray) -> np.ndarray:
     return sample.topic[:, c].numpy()[rows] if concept.of_documents else np.array([bool(concept.spans(text)) for text in texts])
 
 
-def _detector(concept: Concept, texts: list[str], labels: np.ndarray, held_out: np.ndarray) -> Detector:
-    from sklearn.metrics import roc_auc_score
-
+def _detector(concept: Concept, texts: list[str], labels: np.ndarray, documents: np.ndarray) -> Detector:
+    held_out = documents % HELD_OUT == 0
     train = ~held_out
     model, usual = None, 1.0
     if concept.of_documents:
@@ -66,11 +78,25 @@ def _detector(concept: Concept, texts: list[str], labels: np.ndarray, held_out: 
     elif labels[train].any():
         shares = [concept.share(text) for text, keep in zip(texts, labels & train, strict=True) if keep]
         usual = float(np.mean(shares))
-    found = Detector(concept, math.nan, int(held_out.sum()), model, usual)
+    found = Detector(concept, math.nan, int(held_out.sum()), model=model, usual=usual)
     rest = [text for text, keep in zip(texts, held_out, strict=True) if keep]
     if len(set(labels[held_out])) < 2 or (concept.of_documents and model is None):
         return found
-    return Detector(concept, float(roc_auc_score(labels[held_out], found.score(rest))), len(rest), model, usual)
+    resamples = aurocs(found.score(rest), labels[held_out], documents[held_out], RESAMPLES)
+    about = spread(resamples, len(rest))
+    return replace(found, auroc=about["value"], lo=about["lo"], hi=about["hi"])
+
+
+def aurocs(scores: np.ndarray, labels: np.ndarray, documents: np.ndarray, replicates: int) -> np.ndarray:
+    """AUROC of texts, ties counted as half: of all [first], then of resamples of their documents; NaN where a class is missing."""
+    _, document = np.unique(documents, return_inverse=True)
+    order = np.argsort(scores, kind="stable")
+    weights = resampled(int(document.max()) + 1, replicates)[:, document[order]]
+    edge = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    positive, negative = (np.add.reduceat(weights * side, edge, axis=1) for side in (labels[order], ~labels[order]))
+    below = negative.cumsum(1) - negative
+    pairs = positive.sum(1) * negative.sum(1)
+    return np.divide((positive * (below + negative / 2)).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
 def _bag_of_words(texts: list[str], labels: np.ndarray) -> Any:

@@ -36,3 +36,18 @@ STORY_LEXICONS = (
     lexicon("water", "water sea river lake boat swim pond beach wave ocean pool bath"),
     lexicon("home", "house home room door bed kitchen window table chair garden wall"),
 )
+
+WEB_LEXICONS = (
+    lexicon("sports", "game team player season coach league score goal championship tournament football basketball baseball soccer match"),
+    lexicon("politics", "president government election vote senate congress party policy minister campaign republican democrat parliament"),
+    lexicon("science", "research study scientist experiment theory laboratory physics chemistry biology species molecule particle"),
+    lexicon("cooking", "recipe cook bake oven sauce salt pepper sugar butter flour onion garlic chicken dish meal restaurant"),
+    lexicon("music", "song album band guitar singer concert piano melody lyric orchestra musician drum chorus"),
+    lexicon("health", "doctor patient hospital disease treatment symptom medicine surgery drug vaccine clinical infection nurse"),
+    lexicon("finance", "bank market stock investor price profit loan debt tax fund dollar economy interest revenue"),
+    lexicon("law", "court judge lawyer trial law legal attorney jury crime guilty sentence plaintiff defendant"),
+    lexicon("war", "army soldier military war weapon troop bomb attack battle missile enemy navy"),
+    lexicon("computing", "computer software code program algorithm data server network internet website user app device"),
+    lexicon("religion", "god church faith prayer bible jesus christian muslim temple priest holy religion"),
+    lexicon("travel", "travel trip hotel flight airport tourist beach island passenger journey visit"),
+)
