@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     what: Annotated[
-        list[str] | None, typer.Argument(help="Runs and experiments; none: every experiment.", metavar="[{run|experiment}...]")
+        list[str] | None, typer.Argument(help="Runs and experiments; none: every experiment.", metavar="{run|experiment}")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Of a run: held-out tokens that its components are looked at on.", min=1)] = 20_000,
     shown: Annotated[int, typer.Option("--components", help="Of a run: components shown, of all sites together; 0: none.", min=0)] = 256,

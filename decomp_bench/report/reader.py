@@ -17,8 +17,8 @@ INPUTS = 6
 
 
 def rounded(value: float) -> float:
-    """To four digits, as many as a page needs."""
-    return float(f"{value:.4g}")
+    """To four digits, as many as a page needs; zero without a sign."""
+    return float(f"{value:.4g}") or 0.0
 
 
 class Reader:
