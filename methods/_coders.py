@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.decomposer import Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
+from decomp_bench.errors import UserError
 
 from ._coder import ACTIVATIONS, Output, SparseCoder
 from ._dictionary_config import DictionaryConfig
@@ -48,13 +49,15 @@ class Coders(Decomposer):
         config, size = self.config, self.target.size
         self.swept = ACTIVATIONS[config.activation].sweeps  # type: ignore[misc]
         self.coders, self.outputs = nn.ModuleDict(), nn.ModuleDict()
-        for layer in self.layers:
+        if config.k_by_layer and len(config.k_by_layer) != len(self.layers):
+            raise UserError(f"method.k_by_layer names {len(config.k_by_layer)} values for {len(self.layers)} layers; give one for each")
+        for place, layer in enumerate(self.layers):
             read, writes = self.read(layer), self.writes(layer)
             slots = tuple(Slot(read, write) for write in writes)
             self.sites.append(Site(str(layer), layer, (read,), slots, config.features))
             own = torch.Generator().manual_seed(generator.initial_seed() * 100_003 + layer)  # whatever layers are trained beside it
             skip = size(writes[0]) if self.has_skip else None
-            self.coders[str(layer)] = SparseCoder(config, size(read), sum(map(size, writes)), self.tied, own, skip)
+            self.coders[str(layer)] = SparseCoder(config.at_layer(place), size(read), sum(map(size, writes)), self.tied, own, skip)
             for write in writes:
                 if self._key(write) not in self.outputs:
                     self.outputs[self._key(write)] = Output(size(write))
@@ -161,6 +164,8 @@ class Coders(Decomposer):
 
     @property
     def variant(self) -> str:
+        if self.config.k_by_layer:
+            return f"k={'/'.join(map(str, self.config.k_by_layer))}"
         return ACTIVATIONS[self.config.activation].variant(self.config)
 
     @property

@@ -93,9 +93,10 @@ class Dictionary(Coders):
         """Numbers of components to select in a step: the activation's own (None), and four times as many."""
         if self.config.activation not in SELECTING:
             return (None,)
-        k = self.config.k_at(progress)
         for site in self.sites:
-            self.coder(site).activation.k = k  # type: ignore[assignment]
+            activation = self.coder(site).activation
+            activation.k = activation.config.k_at(progress)  # type: ignore[assignment]
+        k = self.config.k_at(progress)
         return (None, min(4 * k, self.config.features)) if self.config.multi_k else (None,)
 
     def _codes(self, inputs: dict[Site, Tensor], *counts: int | None) -> list[dict[Site, Code]]:

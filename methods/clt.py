@@ -27,6 +27,8 @@ class CLTConfig(TranscoderConfig):
             raise ValueError(f"across_layers is for batchtopk and matryoshka, not for {self.activation}")
         if self.across_layers and self.train_on != "local":
             raise ValueError("across_layers needs all layers' codes at once, which only train_on=local has")
+        if self.across_layers and self.k_by_layer:
+            raise ValueError("across_layers shares out one k over all layers; leave k_by_layer out")
         return self
 
 
