@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -44,8 +45,8 @@ class Dictionary(Coders):
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """`recon`: squared error over the variance of y, summed over layers; `sparsity`: the activation's penalty; `aux`: revival.
 
-        `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `gate`: of
-        what the gates alone reconstruct through the frozen decoder (gated).
+        `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `stochastic`:
+        with inactive components let through in part; `gate`: of what the gates alone reconstruct through the frozen decoder (gated).
         """
         config = self.config
         inputs = {site: self.coder(site).normalise(self._rows(batch, site.reads[0])) for site in self.sites}
@@ -57,6 +58,8 @@ class Dictionary(Coders):
         terms = {"recon": torch.stack(list(errors.values())).sum(), **self._no_terms()}
         if partial:
             terms["nested"] = torch.stack([_error(prefix, wanted) for prefix in partial]).sum()
+        if config.stochastic:
+            terms["stochastic"] = config.stochastic * _error(self._totals(constants, self._let_through(codes, inputs))[-1], wanted)
         if wide:
             terms["wide"] = config.multi_k * _error(self._totals(constants, wide[0])[-1], wanted)
         return self._with_the_rest(terms, codes, inputs, constants, wanted, totals, errors, progress)
@@ -98,6 +101,18 @@ class Dictionary(Coders):
             activation.k = activation.config.k_at(progress)  # type: ignore[assignment]
         k = self.config.k_at(progress)
         return (None, min(4 * k, self.config.features)) if self.config.multi_k else (None,)
+
+    def _let_through(self, codes: dict[Site, Code], inputs: dict[Site, Tensor]) -> dict[Site, Code]:
+        """Codes in which inactive components too are active, each with a share of its strength that is drawn for every entry."""
+        found = {}
+        for site, code in codes.items():
+            coder = self.coder(site)
+            pre = coder.pre(inputs[site])
+            gate = (code.value > 0).to(pre.dtype) if code.support is None else code.support.gate()
+            own = torch.Generator(pre.device).manual_seed((self.seed * 1_000_003 + site.layer) * 1_000_003 + self._losses)
+            share = gate + (1 - gate) * torch.rand(pre.shape, generator=own, device=pre.device)
+            found[site] = replace(code, pre=pre, value=share * coder.activation.strength(pre), support=None)
+        return found
 
     def _codes(self, inputs: dict[Site, Tensor], *counts: int | None) -> list[dict[Site, Code]]:
         """Codes of every site, for each number of active components."""

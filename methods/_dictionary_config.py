@@ -21,7 +21,7 @@ class DictionaryConfig(MethodConfig):
     """Peak learning rate of Adam. Short runs want it high: a third of it leaves a third more of the variance unexplained."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments; the second is short because a component sees few tokens of a batch."""
-    younger = ("k_by_layer",)
+    younger = ("k_by_layer", "stochastic")
     features: PositiveInt = 512
     """Components of each site."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "groupmax"] = "batchtopk"
@@ -60,6 +60,9 @@ class DictionaryConfig(MethodConfig):
     """Thresholds at the start (jumprelu)."""
     ste_to_input: bool = False
     """Send the thresholds' pseudo-gradient to the pre-activations too, with the opposite sign (jumprelu; Anthropic, January 2025)."""
+    stochastic: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second reconstruction in which inactive components are let through too, each with a random share of its strength,
+    uniform from 0 to 1 (SPD's stochastic reconstruction; Bushnaq, Braun, Sharkey 2025); 0: none. It takes dense products."""
     revive: Literal["aux", "resample", "pre_act", "none"] = "aux"
     """What brings dead components back. aux: they predict the residual (Gao et al. 2024). resample: they start again at badly
     reconstructed rows (Bricken et al. 2023). pre_act: a penalty on how far they are below their threshold (jumprelu; Anthropic 2025)."""
@@ -141,8 +144,8 @@ class TranscoderConfig(DictionaryConfig):
 
     @model_validator(mode="after")
     def _has_one_output(self) -> TranscoderConfig:
-        if self.train_on != "local" and (self.activation == "matryoshka" or self.multi_k):
-            raise ValueError(f"train_on={self.train_on} has one output to compare: it takes neither matryoshka nor multi_k")
+        if self.train_on != "local" and (self.activation == "matryoshka" or self.multi_k or self.stochastic):
+            raise ValueError(f"train_on={self.train_on} has one output to compare: it takes neither matryoshka nor multi_k nor stochastic")
         return self
 
 

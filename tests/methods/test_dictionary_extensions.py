@@ -9,10 +9,14 @@ import torch
 
 from decomp_bench import runs
 from decomp_bench.config import RunConfig
+from decomp_bench.decomposer import SiteCodes
 from decomp_bench.errors import UserError
 from decomp_bench.registry import method
-from tests.methods.test_dictionary import batches, fit, make
+from tests.methods.test_dictionary import batches, fit, generator, make
 from tests.test_runs import MLP
+
+MOLT = {"sae": {}, "transcoder": {}, "clt": {}, "molt": {"features": 14, "transforms": 2, "groups": 3, "rank": 4}}
+"""Config keys by which a method has a size of its own."""
 
 
 @pytest.mark.parametrize("name", ["sae", "transcoder", "clt", "molt"])
@@ -69,3 +73,54 @@ def test_a_layer_with_its_own_k_has_the_weights_that_it_has_alone():
 def test_numbers_that_do_not_fit_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         make("transcoder", **config)
+
+
+# ---- stochastic ablation of inactive components
+
+
+@torch.no_grad()
+def let_through(decomposer, batch, draws: int = 8) -> float:
+    """Mean unexplained variance of y when inactive components are let through with uniform shares, relative to that of the codes."""
+    g, errors = generator(5), []
+    codes = decomposer.encode(batch.clean)
+    for draw in range(draws + 1):
+        shares = {name: torch.rand(c.gate.shape, generator=g) * (draw > 0) for name, c in codes.items()}
+        edited = {name: SiteCodes(c.strength, c.gate + (1 - c.gate) * shares[name]) for name, c in codes.items()}
+        share = 0.0
+        for layer in decomposer.layers:
+            y, made = batch.clean[f"{layer}.mlp.out"], decomposer.decode(edited, f"{layer}.mlp.out", batch.clean)
+            share += float((made - y).square().sum() / (y - y.mean(0)).square().sum()) / len(decomposer.layers)
+        errors.append(share)
+    return sum(errors[1:]) / draws / errors[0]
+
+
+@pytest.mark.parametrize("name", ["sae", "transcoder", "clt", "molt"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_the_stochastic_term_is_the_error_with_uniform_shares_of_inactive_components(name, activation, monkeypatch):
+    decomposer = make(name, activation=activation, stochastic=0.5, threshold_init=0.2, **MOLT[name]).train()
+    data = batches()
+    decomposer.before_training(data)
+    batch = next(data)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 0.25))
+    codes, expected = decomposer.encode(batch.clean), 0.0
+    shared = {name: SiteCodes(c.strength, c.gate + 0.25 * (1 - c.gate)) for name, c in codes.items()}
+    assert all(((c.strength > 0) & (c.gate == 0)).any() for c in codes.values())
+    for layer in decomposer.layers:
+        point = f"{layer}.mlp.out"
+        made, place = decomposer.decode(shared, point, batch.clean), decomposer.output(point)
+        expected += 0.5 * ((made - batch.clean[point]) / place.scale).square().mean()
+    torch.testing.assert_close(decomposer.loss(batch, 1.0)["stochastic"], expected)
+
+
+def test_stochastic_training_makes_inactive_components_less_harmful_and_repeats_itself():
+    stream = batches(rows=256)
+    batch = [next(stream) for _ in range(200)][-1]
+    fitted = [fit(make("transcoder", features=256, k=2, stochastic=w), batches(rows=256), steps=100) for w in (0.0, 1.0, 1.0)]
+    plain, ours, again = (let_through(one, batch) for one in fitted)
+    assert ours < plain - 0.05, "the error with them, relative to that without"
+    assert ours == again
+
+
+def test_end_to_end_training_has_no_stochastic_term():
+    with pytest.raises(UserError, match="nor stochastic"):
+        make("transcoder", train_on="cascading", stochastic=1.0)
