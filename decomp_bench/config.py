@@ -80,6 +80,8 @@ class DataConfig(Config):
     large."""
     tokenised: bool | None = None
     """The column holds token ids (`input_ids` unless named), which are cut to the row length. None: as known, else text."""
+    activations: Literal["bf16", "int8"] = "bf16"
+    """How activation rows are kept for training. int8: half the bytes, each row with a scale of its own. Scoring always computes them."""
 
 
 class EvalConfig(Config):

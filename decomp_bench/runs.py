@@ -33,7 +33,7 @@ EXISTING: tuple[Existing, ...] = ("resume", "skip", "overwrite", "error")
 EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb"), "eval": ("batch",)}
 """Config keys that change nothing about a run's result and stay out of its id."""
 ADDED_LATER = {
-    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised"),
+    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised", "activations"),
 }
 """Config keys that are younger than the first runs: at their defaults they stay out of the id, so that it is what it was."""
 ARTIFACTS = ("config.yaml", "checkpoint", "checkpoint_two_thirds", "results.parquet", "documents.parquet")
