@@ -57,10 +57,16 @@ class Coders(Decomposer):
             self.sites.append(Site(str(layer), layer, (read,), slots, config.features))
             own = torch.Generator().manual_seed(generator.initial_seed() * 100_003 + layer)  # whatever layers are trained beside it
             skip = size(writes[0]) if self.has_skip else None
-            self.coders[str(layer)] = SparseCoder(config.at_layer(place), size(read), sum(map(size, writes)), self.tied, own, skip)
+            self.coders[str(layer)] = self.make_coder(config.at_layer(place), size(read), [size(write) for write in writes], own, skip)
             for write in writes:
                 if self._key(write) not in self.outputs:
                     self.outputs[self._key(write)] = Output(size(write))
+
+    def make_coder(
+        self, config: DictionaryConfig, width: int, outs: list[int], generator: torch.Generator, skip: int | None
+    ) -> SparseCoder:
+        """A layer's coder, which reads a width and writes to places of these widths."""
+        return SparseCoder(config, width, sum(outs), self.tied, generator, skip)
 
     @staticmethod
     def _key(write: Point) -> str:
@@ -119,7 +125,7 @@ class Coders(Decomposer):
 
     def component_sizes(self, site: Site) -> int:
         coder = self.coder(site)
-        return coder.W_enc.shape[1] + coder.W_dec.shape[1]
+        return coder.W_enc.shape[1] + coder.rows.shape[1]
 
     def constant_size(self, write: Point) -> int:
         skip = self._own(write)[0].W_skip

@@ -124,3 +124,51 @@ def test_stochastic_training_makes_inactive_components_less_harmful_and_repeats_
 def test_end_to_end_training_has_no_stochastic_term():
     with pytest.raises(UserError, match="nor stochastic"):
         make("transcoder", train_on="cascading", stochastic=1.0)
+
+
+# ---- decoders of low rank
+
+
+def test_decoders_of_full_rank_are_decoders_and_of_low_rank_have_that_rank():
+    for rank in (12, 3):
+        coder = make("clt", layers=(0, 1, 2), decoder_rank=rank).coders["0"]
+        torch.testing.assert_close(coder.rows.norm(dim=1), torch.ones(32))
+        assert [int(torch.linalg.matrix_rank(part)) for part in coder.rows.split(12, 1)] == [12, rank, rank]
+    whole, factored = make("clt", layers=(0, 1, 2)).coders["0"], make("clt", layers=(0, 1, 2), decoder_rank=12).coders["0"]
+    torch.testing.assert_close(factored.rows, whole.rows)
+
+
+@pytest.mark.parametrize("decoder_rows", ["unit", "free"])
+def test_low_rank_decoders_learn_the_loss_of_encode_and_decode(decoder_rows):
+    decomposer = make("clt", layers=(0, 1), decoder_rank=3, decoder_rows=decoder_rows, aux=0.0).train()
+    data = batches()
+    fit(decomposer, data, steps=40)
+    decomposer.train()
+    batch = next(data)
+    codes, expected = decomposer.encode(batch.clean), 0.0
+    for layer in decomposer.layers:
+        point = f"{layer}.mlp.out"
+        made = decomposer.decode(codes, point, batch.clean)
+        expected += ((made - batch.clean[point]) / decomposer.output(point).scale).square().mean()
+    loss = decomposer.loss(batch, 1.0)["recon"]
+    torch.testing.assert_close(loss, expected)
+    coder = decomposer.coders["0"]
+    parameters = [coder.W_dec, coder.A[0], coder.B[0], coder.W_enc]
+    for one, two in zip(*(torch.autograd.grad(v, parameters, retain_graph=True) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+    if decoder_rows == "unit":
+        torch.testing.assert_close(coder.rows.norm(dim=1), torch.ones(32))
+
+
+def test_a_component_of_a_low_rank_decoder_starts_again_as_near_as_it_can_write():
+    coder = make("clt", layers=(0, 1), decoder_rank=3).coders["0"]
+    ids, wanted = torch.tensor([4, 9]), torch.randn(2, 24, generator=generator())
+    wanted[:, 12:] = wanted[:, 12:] @ coder.B[0].T @ coder.B[0]
+    with torch.no_grad():
+        coder.restart(ids, torch.randn(2, 12, generator=generator(1)), wanted)
+    torch.testing.assert_close(coder.rows[ids], torch.nn.functional.normalize(wanted, dim=1))
+
+
+def test_a_rank_above_the_width_is_refused():
+    with pytest.raises(UserError, match="exceeds the width 12"):
+        make("clt", decoder_rank=13)
