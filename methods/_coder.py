@@ -164,6 +164,11 @@ class SparseCoder(nn.Module):
             self._dead_ids = self.dead.nonzero().squeeze(1)
         return self._dead_ids
 
+    @property
+    def dead_everywhere(self) -> int:
+        """How many components are noted as dead, in all processes where they are divided over several."""
+        return len(self.dead_ids)
+
     def pre_of(self, x: Float[Tensor, "rows d"], ids: Int[Tensor, " some"]) -> Float[Tensor, "rows some"]:
         """Pre-activations of some components."""
         pre = F.linear(x, self.W_enc[ids], self.b_enc[ids]).float()

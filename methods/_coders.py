@@ -10,7 +10,7 @@ free rows come to the same).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from decomp_bench.errors import UserError
 from ._coder import ACTIVATIONS, Output, SparseCoder
 from ._dictionary_config import DictionaryConfig
 
+if TYPE_CHECKING:
+    from ._sharded import Shards
+
 
 class Coders(Decomposer):
     """A sparse coder for each layer. Subclasses say what a layer's coder reads (`read`) and which places it writes to (`writes`)."""
@@ -34,6 +37,8 @@ class Coders(Decomposer):
     """Whether encoders start as the decoders' transpose."""
     has_skip: ClassVar[bool] = False
     """Whether there is a linear map from what a layer's coder reads to what that layer writes."""
+    shards: Shards | None = None
+    """The processes that its components are divided over, if they are (`_sharded.py`)."""
     across_layers: ClassVar[bool] = False
     """Whether one selection is made over all layers together."""
 
@@ -111,6 +116,7 @@ class Coders(Decomposer):
                     term = codes[site.name].value @ self.coder(site).decoder()[:, part]
                     total = term if total is None else total + term
         assert total is not None, f"nothing writes to {write}"
+        total = total if self.shards is None else self.shards.sum(total)
         own, site = self._own(write)
         if own.W_skip is not None:
             total = total + F.linear(own.normalise(inputs[site.reads[0]]), own.W_skip)

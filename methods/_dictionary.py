@@ -152,7 +152,9 @@ class Dictionary(Coders):
         totals = dict(base)
         for site, code in codes.items():
             widths = [self.target.size(slot.write) for slot in site.slots]
-            for slot, term in zip(site.slots, code.decode(decoders[site]).split(widths, 1), strict=True):
+            added = code.decode(decoders[site])
+            added = added if self.shards is None else self.shards.sum(added)
+            for slot, term in zip(site.slots, added.split(widths, 1), strict=True):
                 totals[slot.write] = term + totals[slot.write]
         return totals
 
@@ -180,7 +182,7 @@ class Dictionary(Coders):
         config = self.config
         for site, x in inputs.items():
             coder = self.coder(site)
-            if "aux" not in terms or not len(coder.dead_ids):
+            if "aux" not in terms or not coder.dead_everywhere:
                 continue
             if config.revive == "pre_act":
                 assert isinstance(coder.activation, JumpReLU)
