@@ -7,7 +7,7 @@ import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -26,6 +26,8 @@ class Config(BaseModel):
 class MethodConfig(Config):
     """Base of a method's config. The training fields here hold for every trainable method; a method overrides the defaults."""
 
+    younger: ClassVar[tuple[str, ...]] = ()
+    """Keys that a method got after its first runs: at their defaults they stay out of a run's id, so that it is what it was."""
     steps: Annotated[int, Field(ge=0)] = 500
     """Optimiser steps; 0 for a method that is not trained."""
     batch: PositiveInt = 1024
@@ -78,6 +80,8 @@ class DataConfig(Config):
     large."""
     tokenised: bool | None = None
     """The column holds token ids (`input_ids` unless named), which are cut to the row length. None: as known, else text."""
+    activations: Literal["bf16", "int8"] = "bf16"
+    """How activation rows are kept for training. int8: half the bytes, each row with a scale of its own. Scoring always computes them."""
 
 
 class EvalConfig(Config):

@@ -33,7 +33,7 @@ EXISTING: tuple[Existing, ...] = ("resume", "skip", "overwrite", "error")
 EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb"), "eval": ("batch",)}
 """Config keys that change nothing about a run's result and stay out of its id."""
 ADDED_LATER = {
-    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised"),
+    "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised", "activations"),
 }
 """Config keys that are younger than the first runs: at their defaults they stay out of the id, so that it is what it was."""
 ARTIFACTS = ("config.yaml", "checkpoint", "checkpoint_two_thirds", "results.parquet", "documents.parquet")
@@ -101,7 +101,7 @@ def resolve(config: RunConfig, target: TargetModel, source: Any, where: str = "c
         "corpus_hash": source.hash,
         "target_hash": target.identity,
     }
-    hashed = _hashed(full)
+    hashed = _hashed(full, kind.Config)
     training = {key: value for key, value in hashed.items() if key != "eval"}
     training_facts = {key: value for key, value in facts.items() if key != "metric_versions"}
     chosen = "all" if layers == target.layer_tuple("all") else "_".join(map(str, layers))
@@ -109,8 +109,11 @@ def resolve(config: RunConfig, target: TargetModel, source: Any, where: str = "c
     return ResolvedRun(full, kind, method_config, layers, name, digest([training, training_facts], 16), facts)
 
 
-def _hashed(config: RunConfig) -> dict[str, Any]:
+def _hashed(config: RunConfig, own: type[MethodConfig]) -> dict[str, Any]:
     data = config.model_dump(mode="json")
+    for key in own.younger:
+        if data["method_config"][key] == own.model_fields[key].default:
+            del data["method_config"][key]
     del data["target"], data["data"]["source"]
     if config.imported is None:  # ids of trained runs are those from before there were imports
         del data["imported"]

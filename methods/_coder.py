@@ -97,13 +97,18 @@ class SparseCoder(nn.Module):
         self._dead_ids: Tensor | None = None
 
     @property
+    def rows(self) -> Float[Tensor, "n out"]:
+        """The decoder's rows, over all places written to together."""
+        return self.W_dec
+
+    @property
     def lengths(self) -> Float[Tensor, " n"]:
-        """Lengths of the decoder's rows, over all places written to together."""
-        return self.W_dec.norm(dim=1).clamp(min=1e-12)
+        """Lengths of the decoder's rows."""
+        return self.rows.norm(dim=1).clamp(min=1e-12)
 
     def decoder(self) -> Float[Tensor, "n d"]:
         """What a strength is multiplied by."""
-        return self.W_dec / self.lengths[:, None] if self.free else self.W_dec
+        return self.rows / self.lengths[:, None] if self.free else self.rows
 
     def raw(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows n"]:
         """x W_enc^T + b_enc, as selections need it."""
@@ -159,6 +164,11 @@ class SparseCoder(nn.Module):
             self._dead_ids = self.dead.nonzero().squeeze(1)
         return self._dead_ids
 
+    @property
+    def dead_everywhere(self) -> int:
+        """How many components are noted as dead, in all processes where they are divided over several."""
+        return len(self.dead_ids)
+
     def pre_of(self, x: Float[Tensor, "rows d"], ids: Int[Tensor, " some"]) -> Float[Tensor, "rows some"]:
         """Pre-activations of some components."""
         pre = F.linear(x, self.W_enc[ids], self.b_enc[ids]).float()
@@ -183,6 +193,11 @@ class SparseCoder(nn.Module):
         """Give decoder rows unit length, over all places written to together."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
+    def write_along(self, ids: Int[Tensor, " some"], y: Float[Tensor, "some out"]) -> list[nn.Parameter]:
+        """Give some components these decoder rows; returns the parameters that hold them."""
+        self.W_dec[ids] = y
+        return [self.W_dec]
+
     @torch.no_grad()
     def restart(self, ids: Int[Tensor, " dead"], x: Float[Tensor, "dead d"], y: Float[Tensor, "dead out"]) -> list[nn.Parameter]:
         """Start some components again: they read along x and write along y. Returns the parameters in whose rows that was done.
@@ -194,8 +209,7 @@ class SparseCoder(nn.Module):
         self.b_enc[ids] = 0.0
         changed = [self.W_enc, self.b_enc, *self.activation.restart(ids)]
         if self.W_dec.requires_grad:
-            self.W_dec[ids] = F.normalize(y, dim=1)
-            changed.append(self.W_dec)
+            changed += self.write_along(ids, F.normalize(y, dim=1))
         self.idle[ids] = 0
         self.dead[ids] = False
         self.forget_dead_ids()

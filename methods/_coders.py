@@ -10,7 +10,7 @@ free rows come to the same).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.decomposer import Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
+from decomp_bench.errors import UserError
 
 from ._coder import ACTIVATIONS, Output, SparseCoder
 from ._dictionary_config import DictionaryConfig
+
+if TYPE_CHECKING:
+    from ._sharded import Shards
 
 
 class Coders(Decomposer):
@@ -33,6 +37,8 @@ class Coders(Decomposer):
     """Whether encoders start as the decoders' transpose."""
     has_skip: ClassVar[bool] = False
     """Whether there is a linear map from what a layer's coder reads to what that layer writes."""
+    shards: Shards | None = None
+    """The processes that its components are divided over, if they are (`_sharded.py`)."""
     across_layers: ClassVar[bool] = False
     """Whether one selection is made over all layers together."""
 
@@ -48,16 +54,24 @@ class Coders(Decomposer):
         config, size = self.config, self.target.size
         self.swept = ACTIVATIONS[config.activation].sweeps  # type: ignore[misc]
         self.coders, self.outputs = nn.ModuleDict(), nn.ModuleDict()
-        for layer in self.layers:
+        if config.k_by_layer and len(config.k_by_layer) != len(self.layers):
+            raise UserError(f"method.k_by_layer names {len(config.k_by_layer)} values for {len(self.layers)} layers; give one for each")
+        for place, layer in enumerate(self.layers):
             read, writes = self.read(layer), self.writes(layer)
             slots = tuple(Slot(read, write) for write in writes)
             self.sites.append(Site(str(layer), layer, (read,), slots, config.features))
             own = torch.Generator().manual_seed(generator.initial_seed() * 100_003 + layer)  # whatever layers are trained beside it
             skip = size(writes[0]) if self.has_skip else None
-            self.coders[str(layer)] = SparseCoder(config, size(read), sum(map(size, writes)), self.tied, own, skip)
+            self.coders[str(layer)] = self.make_coder(config.at_layer(place), size(read), [size(write) for write in writes], own, skip)
             for write in writes:
                 if self._key(write) not in self.outputs:
                     self.outputs[self._key(write)] = Output(size(write))
+
+    def make_coder(
+        self, config: DictionaryConfig, width: int, outs: list[int], generator: torch.Generator, skip: int | None
+    ) -> SparseCoder:
+        """A layer's coder, which reads a width and writes to places of these widths."""
+        return SparseCoder(config, width, sum(outs), self.tied, generator, skip)
 
     @staticmethod
     def _key(write: Point) -> str:
@@ -102,6 +116,7 @@ class Coders(Decomposer):
                     term = codes[site.name].value @ self.coder(site).decoder()[:, part]
                     total = term if total is None else total + term
         assert total is not None, f"nothing writes to {write}"
+        total = total if self.shards is None else self.shards.sum(total)
         own, site = self._own(write)
         if own.W_skip is not None:
             total = total + F.linear(own.normalise(inputs[site.reads[0]]), own.W_skip)
@@ -116,7 +131,7 @@ class Coders(Decomposer):
 
     def component_sizes(self, site: Site) -> int:
         coder = self.coder(site)
-        return coder.W_enc.shape[1] + coder.W_dec.shape[1]
+        return coder.W_enc.shape[1] + coder.rows.shape[1]
 
     def constant_size(self, write: Point) -> int:
         skip = self._own(write)[0].W_skip
@@ -161,6 +176,8 @@ class Coders(Decomposer):
 
     @property
     def variant(self) -> str:
+        if self.config.k_by_layer:
+            return f"k={'/'.join(map(str, self.config.k_by_layer))}"
         return ACTIVATIONS[self.config.activation].variant(self.config)
 
     @property

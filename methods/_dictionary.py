@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -44,8 +45,8 @@ class Dictionary(Coders):
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """`recon`: squared error over the variance of y, summed over layers; `sparsity`: the activation's penalty; `aux`: revival.
 
-        `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `gate`: of
-        what the gates alone reconstruct through the frozen decoder (gated).
+        `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `stochastic`:
+        with inactive components let through in part; `gate`: of what the gates alone reconstruct through the frozen decoder (gated).
         """
         config = self.config
         inputs = {site: self.coder(site).normalise(self._rows(batch, site.reads[0])) for site in self.sites}
@@ -57,6 +58,8 @@ class Dictionary(Coders):
         terms = {"recon": torch.stack(list(errors.values())).sum(), **self._no_terms()}
         if partial:
             terms["nested"] = torch.stack([_error(prefix, wanted) for prefix in partial]).sum()
+        if config.stochastic:
+            terms["stochastic"] = config.stochastic * _error(self._totals(constants, self._let_through(codes, inputs))[-1], wanted)
         if wide:
             terms["wide"] = config.multi_k * _error(self._totals(constants, wide[0])[-1], wanted)
         return self._with_the_rest(terms, codes, inputs, constants, wanted, totals, errors, progress)
@@ -93,10 +96,23 @@ class Dictionary(Coders):
         """Numbers of components to select in a step: the activation's own (None), and four times as many."""
         if self.config.activation not in SELECTING:
             return (None,)
-        k = self.config.k_at(progress)
         for site in self.sites:
-            self.coder(site).activation.k = k  # type: ignore[assignment]
+            activation = self.coder(site).activation
+            activation.k = activation.config.k_at(progress)  # type: ignore[assignment]
+        k = self.config.k_at(progress)
         return (None, min(4 * k, self.config.features)) if self.config.multi_k else (None,)
+
+    def _let_through(self, codes: dict[Site, Code], inputs: dict[Site, Tensor]) -> dict[Site, Code]:
+        """Codes in which inactive components too are active, each with a share of its strength that is drawn for every entry."""
+        found = {}
+        for site, code in codes.items():
+            coder = self.coder(site)
+            pre = coder.pre(inputs[site])
+            gate = (code.value > 0).to(pre.dtype) if code.support is None else code.support.gate()
+            own = torch.Generator(pre.device).manual_seed((self.seed * 1_000_003 + site.layer) * 1_000_003 + self._losses)
+            share = gate + (1 - gate) * torch.rand(pre.shape, generator=own, device=pre.device)
+            found[site] = replace(code, pre=pre, value=share * coder.activation.strength(pre), support=None)
+        return found
 
     def _codes(self, inputs: dict[Site, Tensor], *counts: int | None) -> list[dict[Site, Code]]:
         """Codes of every site, for each number of active components."""
@@ -136,7 +152,9 @@ class Dictionary(Coders):
         totals = dict(base)
         for site, code in codes.items():
             widths = [self.target.size(slot.write) for slot in site.slots]
-            for slot, term in zip(site.slots, code.decode(decoders[site]).split(widths, 1), strict=True):
+            added = code.decode(decoders[site])
+            added = added if self.shards is None else self.shards.sum(added)
+            for slot, term in zip(site.slots, added.split(widths, 1), strict=True):
                 totals[slot.write] = term + totals[slot.write]
         return totals
 
@@ -164,7 +182,7 @@ class Dictionary(Coders):
         config = self.config
         for site, x in inputs.items():
             coder = self.coder(site)
-            if "aux" not in terms or not len(coder.dead_ids):
+            if "aux" not in terms or not coder.dead_everywhere:
                 continue
             if config.revive == "pre_act":
                 assert isinstance(coder.activation, JumpReLU)

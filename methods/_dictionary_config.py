@@ -21,6 +21,7 @@ class DictionaryConfig(MethodConfig):
     """Peak learning rate of Adam. Short runs want it high: a third of it leaves a third more of the variance unexplained."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments; the second is short because a component sees few tokens of a batch."""
+    younger = ("k_by_layer", "stochastic")
     features: PositiveInt = 512
     """Components of each site."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "groupmax"] = "batchtopk"
@@ -29,6 +30,8 @@ class DictionaryConfig(MethodConfig):
     """unit: write vectors are kept at length one; free: they have any length, and strengths are multiplied by it instead."""
     k: PositiveInt = 16
     """Active components of a row: exactly (topk), on average (batchtopk, matryoshka), or at most, one of each group (groupmax)."""
+    k_by_layer: tuple[PositiveInt, ...] | None = None
+    """Each decomposed layer's own k, in their order; None: k for all of them."""
     k_start: PositiveInt | None = None
     """Active components at the start, from which k is approached in a straight line (topk, batchtopk, matryoshka); None: k."""
     k_anneal: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -57,6 +60,9 @@ class DictionaryConfig(MethodConfig):
     """Thresholds at the start (jumprelu)."""
     ste_to_input: bool = False
     """Send the thresholds' pseudo-gradient to the pre-activations too, with the opposite sign (jumprelu; Anthropic, January 2025)."""
+    stochastic: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second reconstruction in which inactive components are let through too, each with a random share of its strength,
+    uniform from 0 to 1 (SPD's stochastic reconstruction; Bushnaq, Braun, Sharkey 2025); 0: none. It takes dense products."""
     revive: Literal["aux", "resample", "pre_act", "none"] = "aux"
     """What brings dead components back. aux: they predict the residual (Gao et al. 2024). resample: they start again at badly
     reconstructed rows (Bricken et al. 2023). pre_act: a penalty on how far they are below their threshold (jumprelu; Anthropic 2025)."""
@@ -76,11 +82,15 @@ class DictionaryConfig(MethodConfig):
     @model_validator(mode="after")
     def _fits(self) -> DictionaryConfig:
         ranks = (*SELECTING, "groupmax")
-        for key in ("k", "k_start"):
-            if self.activation in ranks and (getattr(self, key) or 0) > self.features:
-                raise ValueError(f"{key}={getattr(self, key)} exceeds features={self.features}")
-        if self.activation == "groupmax" and self.features % self.k:
-            raise ValueError(f"groupmax needs groups of equal size: features={self.features} is no multiple of k={self.k}")
+        ks = self.k_by_layer or (self.k,)
+        for key, value in (*(("k", k) for k in ks), ("k_start", self.k_start or 0)):
+            if self.activation in ranks and value > self.features:
+                raise ValueError(f"{key}={value} exceeds features={self.features}")
+        for k in ks:
+            if self.activation == "groupmax" and self.features % k:
+                raise ValueError(f"groupmax needs groups of equal size: features={self.features} is no multiple of k={k}")
+        if self.k_by_layer and (self.activation not in ranks or self.multi_k):
+            raise ValueError(f"k_by_layer is for {', '.join(ranks)}, without multi_k")
         if self.activation not in SELECTING and (self.k_start or self.multi_k):
             raise ValueError(f"k_start and multi_k are for {', '.join(SELECTING)}, not for {self.activation}")
         if self.penalty is not None and self.penalty not in PENALTIES.get(self.activation, ()):
@@ -99,6 +109,10 @@ class DictionaryConfig(MethodConfig):
         """The penalty in use, if any."""
         own = PENALTIES.get(self.activation)
         return None if own is None else self.penalty or own[0]
+
+    def at_layer(self, place: int) -> DictionaryConfig:
+        """The config of the decomposed layer at a place in their order, whose k is its own."""
+        return self if self.k_by_layer is None else self.model_copy(update={"k": self.k_by_layer[place], "k_by_layer": None})
 
     def k_at(self, progress: float) -> int:
         """Active components at a point of training, which runs from 0 to 1."""
@@ -130,8 +144,8 @@ class TranscoderConfig(DictionaryConfig):
 
     @model_validator(mode="after")
     def _has_one_output(self) -> TranscoderConfig:
-        if self.train_on != "local" and (self.activation == "matryoshka" or self.multi_k):
-            raise ValueError(f"train_on={self.train_on} has one output to compare: it takes neither matryoshka nor multi_k")
+        if self.train_on != "local" and (self.activation == "matryoshka" or self.multi_k or self.stochastic):
+            raise ValueError(f"train_on={self.train_on} has one output to compare: it takes neither matryoshka nor multi_k nor stochastic")
         return self
 
 

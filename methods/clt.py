@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from decomp_bench.decomposer import Point, Site
+from decomp_bench.errors import UserError
 
 from ._activations import Code
-from ._dictionary_config import TranscoderConfig
+from ._coder import SparseCoder
+from ._dictionary_config import DictionaryConfig, TranscoderConfig
+from ._low_rank import LowRankCoder
 from ._sparse import Support, top_of_batches
 from ._topk import BatchTopK
 from .transcoder import Transcoder
@@ -18,8 +21,12 @@ from .transcoder import Transcoder
 class CLTConfig(TranscoderConfig):
     """A transcoder's config, and whether layers share out their active components."""
 
+    younger = (*TranscoderConfig.younger, "decoder_rank")
     across_layers: bool = False
     """Select over all layers at once, k components a row and layer on average, and share one threshold (batchtopk, matryoshka)."""
+
+    decoder_rank: PositiveInt | None = None
+    """Rank of the decoders to later layers; the one to a feature's own layer has all directions. None: they have too."""
 
     @model_validator(mode="after")
     def _selects(self) -> CLTConfig:
@@ -27,6 +34,8 @@ class CLTConfig(TranscoderConfig):
             raise ValueError(f"across_layers is for batchtopk and matryoshka, not for {self.activation}")
         if self.across_layers and self.train_on != "local":
             raise ValueError("across_layers needs all layers' codes at once, which only train_on=local has")
+        if self.across_layers and self.k_by_layer:
+            raise ValueError("across_layers shares out one k over all layers; leave k_by_layer out")
         return self
 
 
@@ -42,6 +51,19 @@ class CrossLayerTranscoder(Transcoder):
     def build(self, generator: torch.Generator) -> None:
         self.across_layers = self.config.across_layers  # type: ignore[misc]
         super().build(generator)
+
+    def make_coder(
+        self, config: DictionaryConfig, width: int, outs: list[int], generator: torch.Generator, skip: int | None
+    ) -> SparseCoder:
+        if self.config.decoder_rank is None or len(outs) == 1:
+            return super().make_coder(config, width, outs, generator, skip)
+        if self.config.decoder_rank > min(outs):
+            raise UserError(f"method.decoder_rank={self.config.decoder_rank} exceeds the width {min(outs)} of what is written; lower it")
+        return LowRankCoder(config, width, outs, self.config.decoder_rank, generator, skip)
+
+    @property
+    def family(self) -> str:
+        return super().family + ("" if self.config.decoder_rank is None else f", rank {self.config.decoder_rank}")
 
     def writes(self, layer: int) -> list[Point]:
         return [f"{later}.mlp.out" for later in self.layers if later >= layer]

@@ -90,13 +90,13 @@ class MOLT(Dictionary):
 
     def build(self, generator: torch.Generator) -> None:
         super().build(generator)
-        for site in self.sites:
+        for place, site in enumerate(self.sites):
             d_in, d_out = self.target.size(site.slots[0].read), self.target.size(site.slots[0].write)
             groups = self.config.ranks(min(d_in, d_out))
             if groups[0][1] > min(d_in, d_out):
                 raise UserError(f"method.rank={groups[0][1]} exceeds the width {min(d_in, d_out)} of {self.target.uri}; lower it")
             own = torch.Generator().manual_seed(generator.initial_seed() * 100_003 + site.layer)
-            self.coders[site.name] = MapsCoder(self.config, groups, d_in, d_out, own)
+            self.coders[site.name] = MapsCoder(self.config.at_layer(place), groups, d_in, d_out, own)
 
     def coder(self, site: Site) -> MapsCoder:
         return self.coders[site.name]  # type: ignore[return-value]

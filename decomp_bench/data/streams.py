@@ -20,6 +20,8 @@ from decomp_bench.decomposer import Batch
 
 BLOCK_POSITIONS = 32_768
 """Positions in a block: activation rows are shuffled within a block, sequences over the whole split."""
+SCALE = ".scale"
+"""After a point's name: the scales of its rows, where they are kept in int8."""
 BUDGET_VARIABLE = "DECOMP_BENCH_CACHE_GB"
 
 
@@ -72,7 +74,7 @@ def positions(batch: Batch, keeps_first: bool) -> Tensor:
 
 
 class ActivationStream:
-    """Batch `i` of activation rows at some points, shuffled: rows are rounded to bf16 whether cached or computed live."""
+    """Batch `i` of activation rows at some points, shuffled: rows are rounded to bf16 or int8 whether cached or computed live."""
 
     def __init__(self, source: Source, points: set[str], rows: int, split: str = "train") -> None:
         self.source, self.points, self.split, self.rows = source, frozenset(points), split, rows
@@ -88,8 +90,9 @@ class ActivationStream:
         if self._current[0] != block:
             self._current = (block, self._load(block))
         start = (i - self._blocks[block]) * self.rows
-        clean = {p: value[start : start + self.rows].to(self.source.target.device, torch.float32) for p, value in self._current[1].items()}
-        return Batch(clean=clean)
+        rows = {name: value[start : start + self.rows] for name, value in self._current[1].items()}
+        device = self.source.target.device
+        return Batch(clean={point: unpacked(rows, point, device) for point in sorted(self.points)})
 
     def _index(self, block: int) -> np.ndarray:
         size = self.source.size(self.split)
@@ -123,9 +126,9 @@ class ActivationStream:
         return {point: value[shuffled] for point, value in rows.items()}
 
     def _file(self, block: int) -> Path:
-        key = digest(
-            [self.source.target.identity, self.source.hash, self.split, sorted(self.points), self.source.config.seed, self.sequences], 20
-        )
+        about = [self.source.target.identity, self.source.hash, self.split, sorted(self.points), self.source.config.seed, self.sequences]
+        kept = self.source.config.activations
+        key = digest(about if kept == "bf16" else [*about, kept], 20)
         return activation_folder() / key / f"{block}.safetensors"
 
     @torch.no_grad()
@@ -138,7 +141,23 @@ class ActivationStream:
             kept = positions(batch, self.source.target.keeps_first)
             for point, value in batch.clean.items():
                 parts[point].append(value[kept].to("cpu", torch.bfloat16))
-        return {point: torch.cat(values) for point, values in parts.items()}
+        rows = {point: torch.cat(values) for point, values in parts.items()}
+        return rows if self.source.config.activations == "bf16" else as_int8(rows)
+
+
+def as_int8(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows [n, d] of each point as int8, with each row's scale [n] beside them: its largest entry becomes 127."""
+    packed = {}
+    for point, value in rows.items():
+        scale = value.float().abs().amax(1).clamp(min=1e-30) / 127
+        packed |= {point: (value.float() / scale[:, None]).round().to(torch.int8), f"{point}{SCALE}": scale}
+    return packed
+
+
+def unpacked(rows: dict[str, Tensor], point: str, device: torch.device) -> Tensor:
+    """A point's rows in fp32 on a device."""
+    value = rows[point].to(device).float()
+    return value * rows[f"{point}{SCALE}"].to(device)[:, None] if f"{point}{SCALE}" in rows else value
 
 
 def iterate(stream: SequenceStream | ActivationStream, start: int = 0) -> Iterator[Batch]:

@@ -246,7 +246,8 @@ def _plain(decomposer: Any, site: Site) -> Plain:
     places, width = len(site.slots), decomposer.target.size(site.slots[0].write)
     end: End = "in" if site.reads[0].endswith(".in") else "out"
     W_dec, b_dec = weights["W_dec"].unflatten(1, (places, width)), weights["b_dec"][:width]
-    config, activation = decomposer.config, decomposer.coder(site).activation
+    activation = decomposer.coder(site).activation
+    config = activation.config
     kind = "batchtopk" if config.activation == "matryoshka" else config.activation  # what distinguishes it is its training
     if kind not in get_args(Kind):
         raise UserError(f"activation '{kind}' cannot be exported; retrain with one of {', '.join(get_args(Kind))}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from decomp_bench.data import source as open_source
 from decomp_bench.data.streams import BUDGET_VARIABLE, ActivationStream, SequenceStream, activation_folder
 from decomp_bench.errors import UserError
 
@@ -69,3 +70,20 @@ def test_going_over_the_text_again_is_said_and_in_another_order(lm):
 def test_a_batch_larger_than_a_block_is_one_line(lm):
     with pytest.raises(UserError, match="make one smaller"):
         ActivationStream(lm[1], POINTS, 10**6).batch(0)
+
+
+def test_int8_rows_are_half_the_bytes_and_as_near_as_their_scale_allows(lm, monkeypatch, tmp_path):
+    target, source = lm
+    monkeypatch.setenv("DECOMP_BENCH_CACHE", str(tmp_path))
+    exact = ActivationStream(source, POINTS, 64).batch(2).clean
+    before = {path: path.stat().st_size for path in activation_folder().rglob("*.safetensors")}
+    other = open_source(target, source.config.model_copy(update={"activations": "int8"}))
+    made = [ActivationStream(other, POINTS, 64).batch(2).clean for _ in range(2)]
+    for point, value in exact.items():
+        assert torch.equal(made[0][point], made[1][point]), "made, then cached"
+        step = value.abs().amax(1, keepdim=True) / 127
+        assert ((made[0][point] - value).abs() <= 0.5001 * step).all()
+        assert not torch.equal(made[0][point], value)
+    added = {path: path.stat().st_size for path in activation_folder().rglob("*.safetensors") if path not in before}
+    width = target.size("0.mlp.in")
+    assert sum(added.values()) < sum(before.values()) * (width + 4) / (2 * width) + 2000, "with four bytes of scale a row"
