@@ -331,6 +331,11 @@ def test_loss_at_equal_damage_is_interpolated_and_never_extrapolated():
     assert math.isnan(at_damage(on, off, 0.4)[0])
 
 
+def test_every_metric_of_the_rows_is_declared(steered, ablated):
+    for name, frame in (("steering", steered), ("topic_ablation", ablated)):
+        assert set(frame["metric"]) == {metric.key for metric in measurement(name).metrics}
+
+
 def test_what_cannot_be_done_is_said(planted, neurons, toy):
     with pytest.raises(UserError, match="no concept 'grpahs'"):
         measurement("steering").measure(neurons, planted[1], SMALL.model_copy(update={"concepts": ("grpahs",)}), print)
