@@ -2,6 +2,7 @@
 
 from .export import caption_of, save
 from .labels import MEASURES, Measure, described
+from .measurements import measured_figures, measured_table
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
@@ -21,6 +22,8 @@ __all__ = [
     "crossings",
     "described",
     "floor_check",
+    "measured_figures",
+    "measured_table",
     "monotone_check",
     "pareto",
     "paretos",

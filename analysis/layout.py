@@ -91,8 +91,8 @@ def canvas(panels: int, width: float, height: float) -> Figure:
     return figure
 
 
-def finish(figure: Figure, height: float, groups: list[Entries], text: str) -> None:
-    """Put legends and caption below the panels and make the figure as high as all of them need."""
+def finish(figure: Figure, height: float, groups: list[Entries], text: str, left: float = LEFT) -> None:
+    """Put legends and caption below the panels, `left` inches from the edge, and make the figure as high as all of them need."""
     placed = [_fitting(figure, entries) for entries in groups]
     caption_height = _caption(figure, text)
     legends = sum(tall + SPACE for _, tall in placed)
@@ -100,10 +100,10 @@ def finish(figure: Figure, height: float, groups: list[Entries], text: str) -> N
     width = figure.get_figwidth()
     figure.set_size_inches(width, total)
     count = len(figure.axes)
-    wide = (width - LEFT - RIGHT - GAP * (count - 1)) / count
+    wide = (width - left - RIGHT - GAP * (count - 1)) / count
     for index, axes in enumerate(figure.axes):
-        left = LEFT + index * (wide + GAP)
-        axes.set_position((left / width, (total - TOP - height) / total, wide / width, height / total))
+        start = left + index * (wide + GAP)
+        axes.set_position((start / width, (total - TOP - height) / total, wide / width, height / total))
     below = total - TOP - height - BELOW
     for legend, tall in placed:
         legend.set_bbox_to_anchor((EDGE / width, below / total), transform=figure.transFigure)

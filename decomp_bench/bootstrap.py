@@ -46,9 +46,9 @@ def spread(replicates: np.ndarray, n: int) -> dict[str, Any]:
 
 
 def interval(values: np.ndarray, replicates: int) -> dict[str, Any]:
-    """The mean of independent values, such as one a prompt, with its bootstrap interval; NaN throughout where there are none."""
-    if not len(values):
-        return {"value": math.nan, "lo": math.nan, "hi": math.nan, "n": 0}
+    """The mean of independent values, such as one a prompt, with its bootstrap interval, which takes two; NaN where there is none."""
+    if len(values) < 2:
+        return {"value": float(values[0]) if len(values) else math.nan, "lo": math.nan, "hi": math.nan, "n": len(values)}
     return spread(resampled(len(values), replicates) @ values / len(values), len(values))
 
 

@@ -113,11 +113,23 @@ def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     write_json(about, plan.folder / "manifest.json")
 
 
+def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
+    """The rows of every measurement in a results folder, by name."""
+    from decomp_bench import results
+
+    names = sorted(_manifest(folder).get("measurements", {}))
+    return {name: results.read(folder / f"{name}.parquet") for name in names if (folder / f"{name}.parquet").is_file()}
+
+
 def draw(folder: Path) -> list[Path]:
     """Draw every figure of a results folder into its figures/."""
     from decomp_bench import analysis, results
 
     try:
+        measured = measured_in(folder)
+        if measured:  # the question is what was measured; one point a family makes no curve
+            figures = {key: value for name, frame in measured.items() for key, value in analysis.measured_figures(name, frame).items()}
+            return [path for name, figure in figures.items() for path in analysis.save(figure, folder / "figures" / name)]
         frame = results.read(folder / "results.parquet")
         protocols = tuple(name for name in analysis.PROTOCOLS if name in set(frame["protocol"]))
         there = set(frame["metric"])

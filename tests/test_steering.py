@@ -206,7 +206,8 @@ def test_progress_ends_at_its_whole(steered):
 def test_scores_are_bounded_and_lie_in_their_intervals(steered):
     scored = steered[steered["metric"].isin(["steering_concept", "steering_fluency", "steering_score"]) & steered["value"].notna()]
     assert scored["value"].between(0, 1).all()
-    assert ((scored["lo"] <= scored["value"] + 1e-9) & (scored["value"] <= scored["hi"] + 1e-9)).all()
+    known = scored[scored["lo"].notna()]
+    assert ((known["lo"] <= known["value"] + 1e-9) & (known["value"] <= known["hi"] + 1e-9)).all()
     names = {"difference in means", "probe", "ReFT-r1", "prompt", "no steering", "own"}
     assert set(scored["family"]) == names
 
@@ -234,6 +235,7 @@ def test_what_is_over_all_concepts_is_their_mean(steered):
     one_concept, over = own[own["concept"] == PLANTED.name], own[own["concept"] == "all"]
     assert set(over["over"]) == {"concepts", "prompts"}
     assert over["value"].tolist() == pytest.approx([one_concept["value"].item()] * 2)  # of one concept
+    assert rows_of(over, over="concepts")[["lo", "hi"]].isna().all(axis=None)  # one concept has no spread
     over_prompts = rows_of(over, over="prompts")
     assert over_prompts[["lo", "hi"]].to_numpy().tolist() == pytest.approx(one_concept[["lo", "hi"]].to_numpy())
 
@@ -327,6 +329,11 @@ def test_loss_at_equal_damage_is_interpolated_and_never_extrapolated():
     on, off = np.array([[1.0], [3.0]]), np.array([[0.1], [-0.3]])
     assert [float(at_damage(on, off, d)[0]) for d in (0.05, 0.1, 0.2)] == pytest.approx([0.5, 1.0, 2.0])
     assert math.isnan(at_damage(on, off, 0.4)[0])
+
+
+def test_every_metric_of_the_rows_is_declared(steered, ablated):
+    for name, frame in (("steering", steered), ("topic_ablation", ablated)):
+        assert set(frame["metric"]) == {metric.key for metric in measurement(name).metrics}
 
 
 def test_what_cannot_be_done_is_said(planted, neurons, toy):

@@ -198,6 +198,7 @@ def _conclude(outcome: Outcome) -> None:
     plan = outcome.plan
     if outcome.frame is not None:
         summary(outcome.frame)
+        _show_measured(plan.folder)
     for reason in plan.left_out:
         print(f"left out: {reason}")
     print(
@@ -217,6 +218,23 @@ def _conclude(outcome: Outcome) -> None:
     number = plan.experiment.name[:3]
     preset = f" --preset {plan.preset}" if plan.preset and plan.preset != plan.experiment.config.preset else ""
     print(f"next: decomp-bench experiment run {number}{preset} --seeds {seeds + 1}   (another seed, then the intervals cover seeds)")
+
+
+def _show_measured(folder: Path) -> None:
+    """What the measurements of a results folder came to."""
+    from decomp_bench import analysis
+    from decomp_bench.cli.display import show
+    from decomp_bench.gather import measured_in
+
+    for name, frame in measured_in(folder).items():
+        try:
+            rows = [dict(row) for row in analysis.measured_table(name, frame)]
+        except ValueError as error:
+            print(f"{name}: {error}")
+            continue
+        if rows:
+            print(f"\n{name}, over all concepts; brackets: 95% over concepts; gain: above the mean of random controls")
+            show(rows, False)
 
 
 def status(

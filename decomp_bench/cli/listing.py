@@ -1,4 +1,4 @@
-"""list methods|targets|metrics|runs|experiments|formats, show RUN, runs list|rm."""
+"""list methods|targets|metrics|measurements|runs|experiments|formats, show RUN, runs list|rm."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ COLUMNS = ("method", "summary", "kind", "trained", "inference sweep", "presets",
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="List methods, targets, metrics, runs, experiments, formats.", no_args_is_help=True, rich_markup_mode=None)
-    for command in (methods, targets, metrics, runs, experiments, formats):
+    group = typer.Typer(
+        help="List methods, targets, metrics, measurements, runs, experiments, formats.", no_args_is_help=True, rich_markup_mode=None
+    )
+    for command in (methods, targets, metrics, measurements, runs, experiments, formats):
         group.command(command.__name__)(command)
     app.add_typer(group, name="list")
     app.command("show")(show_run)
@@ -69,6 +71,22 @@ def metrics(as_json: Json = False) -> None:
     rows = metric_catalogue()
     brief = ("key", "title", "unit", "direction", "formula", "version")
     show(rows if as_json else [{name: row.get(name) for name in brief} for row in rows], as_json)
+
+
+def measurements(as_json: Json = False) -> None:
+    """What experiments can measure of their runs beyond the metrics: each of its own metrics, and its settings."""
+    from dataclasses import asdict
+
+    from decomp_bench import measurements as known
+    from decomp_bench.cli.display import show
+    from decomp_bench.config import field_docs
+
+    rows = []
+    for name in known.names():
+        found = known.measurement(name)
+        own = {"settings": field_docs(found.Settings)} if as_json else {}
+        rows += [{"measurement": name, **asdict(metric), "version": found.version, **own} for metric in found.metrics]
+    show(rows, as_json)
 
 
 def run_rows() -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from decomp_bench import directions
-from decomp_bench.bootstrap import interval, resampled, spread
+from decomp_bench.bootstrap import interval
 from decomp_bench.concepts import Concept, concepts_of
 from decomp_bench.conditions import Condition, columns
 from decomp_bench.data.sources import Source
@@ -151,7 +151,7 @@ class Table:
         """Mean of values [concepts, prompts] with the interval over one of them."""
         each = values.mean(1) if over == "concepts" else values.mean(0)
         about = {"condition": condition(concept="all", **label, factor=factor, over=over)}
-        return {"metric": metric, **spread(resampled(len(each), self.met.config.bootstrap) @ each / len(each), len(each)), **about}
+        return {"metric": metric, **interval(each, self.met.config.bootstrap), **about}
 
 
 def _on_c(met: Ground, texts: Texts) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from decomp_bench import directions
-from decomp_bench.bootstrap import resampled, spread
+from decomp_bench.bootstrap import interval, spread
 from decomp_bench.concepts import Concept, concepts_of
 from decomp_bench.concepts.sample import SPLIT, Sample, draw
 from decomp_bench.conditions import Condition, columns
@@ -190,13 +190,10 @@ class Table:
         """Means over the concepts where a damage was reached, with intervals over documents and over concepts."""
         for damage in self.met.config.damages if self.on else ():
             own, control = (np.stack(self.on[place, damage]) for place in (0, 1))
-            values = [
-                (f"ablation_{key}_at_damage", label, on) for label, on in zip(self.labels, (own, control), strict=True) for key in ("on",)
-            ]
-            values += [
-                ("ablation_selectivity_at_damage", label, selectivity(on, np.full_like(on, damage)))
-                for label, on in zip(self.labels, (own, control), strict=True)
-            ]
+            values = []
+            for label, on in zip(self.labels, (own, control), strict=True):
+                values.append(("ablation_on_at_damage", label, on))
+                values.append(("ablation_selectivity_at_damage", label, selectivity(on, np.full_like(on, damage))))
             for metric, label, on in (*values, ("ablation_gain", self.labels[0], own - control)):
                 yield from self._over(metric, label, on, damage)
 
@@ -205,11 +202,10 @@ class Table:
         there = values[np.isfinite(values[:, 0])]
         n, whole = len(there), len(values)
         reason = "" if n == whole else f"{n} of {whole} concepts: the others do not reach this damage"
-        replicates = self.met.config.bootstrap
-        drawn = {"documents": there.mean(0), "concepts": resampled(n, replicates) @ there[:, 0] / n} if n else {}
-        for over in ("concepts", "documents"):
+        summed = spread(there.mean(0), len(self.met.resamples.document)) if n else interval(there[:, 0], 1)
+        for over, row in (("concepts", interval(there[:, 0], self.met.config.bootstrap)), ("documents", summed)):
             about = {"condition": condition(concept="all", **label, damage=damage, over=over), "reason": reason}
-            yield {"metric": metric, **spread(drawn.get(over, np.array([math.nan])), n), **about}
+            yield {"metric": metric, **row, **about}
 
 
 def _explained(values: np.ndarray, reason: str) -> dict[str, Any]:
