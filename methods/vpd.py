@@ -69,10 +69,7 @@ class VPD(SPD):
     Config = VPDConfig
     paper = "Bushnaq, Braun, Clive-Griffin, Bussmann, Hu, Ivanitskiy, Linsefors, Sharkey 2026, Interpreting Language Model Parameters"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "smoke": {
-            "steps": 20, "batch": 2, "warmup_faith": 50, "gamma_end": None, "gate_width": 32, "gate_blocks": 1, "gate_heads": 2,
-            "adversary_steps": 1,
-        },
+        "smoke": {"gate": "shared", "steps": 20, "batch": 2, "warmup_faith": 50, "gamma_end": None, "adversary_steps": 1},
         "laptop": {"gate": "shared", "steps": 400, "batch": 2, "warmup_faith": 100, "adversary_steps": 1, "adversary_lr": 0.05},
         "paper": {
             **PUBLISHED, "components": PILE, "lr": 5e-5, "gate_lr": 5e-5, "importance": 2e-4, "adversary_dtype": "bfloat16",

@@ -33,7 +33,7 @@ def kl(decomposer, source, protocol: str) -> float:
     return float(np.mean([(clean.exp() * (clean - out)).sum(-1).mean() for out in found]))
 
 
-@pytest.mark.parametrize("name", ["transcoder", "clt"])
+@pytest.mark.parametrize("name", ["transcoder", pytest.param("clt", marks=pytest.mark.slow)])
 def test_training_under_a_protocol_is_best_under_that_protocol(name, lm, tmp_path):
     target, source = lm
     found = {}

@@ -24,7 +24,7 @@ SMALL = Settings(tokens=300, shown=12, contexts=3, words=4)
 EVAL = {"tokens": 300, "bootstrap": 5, "sweep": False, "protocols": ["clean"], "gates": ["clean"]}
 
 
-@pytest.fixture(scope="module", params=["lm", "toy"])
+@pytest.fixture(scope="module", params=["lm", pytest.param("toy", marks=pytest.mark.slow)])
 def made(request, tmp_path_factory, lm, toy):
     """The kind of target, and a scored run of every method that applies to it, by method; trained for a few steps in one place."""
     target, source = {"lm": lm, "toy": toy}[request.param]
