@@ -2,7 +2,8 @@
 
 A point is a canonical place in the target: `2.mlp.in` and `2.mlp.out` are what MLP 2 reads and writes (its input is taken after
 the norm), `2.mlp.up`, `2.mlp.gate`, `2.mlp.down`, `2.attn.q` ... are its linear maps. Reading at a linear map means the map's
-input, writing there means its output. Activations have shape [..., d], where ... is rows, or sequences by positions.
+input, writing there means its output. `2.mlp.up.jacobian` is the derivative of a toy's outputs by what that map gives. Activations have
+shape [..., d], where ... is rows, or sequences by positions.
 """
 
 from __future__ import annotations
@@ -230,6 +231,10 @@ class Decomposer(nn.Module):
 
     def directions(self, site: Site, slot: Slot) -> tuple[Tensor, Tensor] | None:
         """Read vectors [n, d_in] and write vectors [n, d_out] of a slot, or None where components are not rank one."""
+        return None
+
+    def matrices(self, site: Site, slot: Slot) -> Float[Tensor, "n d_in d_out"] | None:
+        """The components of a slot as whole matrices, where they are few and of a rank above one; None elsewhere."""
         return None
 
     @property

@@ -109,6 +109,10 @@ class Part:
         """Lengths of the components as matrices."""
         return self.feature.norm(dim=1) * self.other.norm(dim=1) if self.has_lengths else torch.ones(len(self.other))
 
+    def columns(self) -> tuple[Float[Tensor, "C f"], Float[Tensor, "C f"]]:
+        """Cosine and ratio of lengths of each component's column for a feature with that feature's mechanism."""
+        return matching.columns(self.feature, self.other, self.true)
+
     def whole(self) -> tuple[Float[Tensor, "C f"], Float[Tensor, "C f"]]:
         """Cosine and ratio of lengths of each whole component with each mechanism; for directions alone, cosines of directions."""
         cosine = matching.cosines(self.other, self.true)
@@ -118,14 +122,57 @@ class Part:
         return share * cosine, self.lengths[:, None] / self.true.norm(dim=1).clamp_min(1e-30)
 
 
-def known_part(decomposer: Decomposer, site: Site, truth: Truth) -> Part | None:
+@dataclass(frozen=True)
+class MatrixPart:
+    """The same of components of any rank, each with a column [d] for every feature."""
+
+    column: Float[Tensor, "C f d"]
+    true: Float[Tensor, "f d"]
+    random: Callable[[torch.Generator], MatrixPart]
+    has_lengths = True
+
+    @property
+    def lengths(self) -> Float[Tensor, " C"]:
+        """Lengths of the components as matrices."""
+        return self.column.flatten(1).norm(dim=1)
+
+    def _with_true(self) -> Float[Tensor, "C f"]:
+        return torch.einsum("cfd,fd->cf", self.column, self.true / self.true.norm(dim=1, keepdim=True).clamp_min(1e-30))
+
+    def columns(self) -> tuple[Float[Tensor, "C f"], Float[Tensor, "C f"]]:
+        """As of rank-one components."""
+        lengths = self.column.norm(dim=2)
+        return self._with_true() / lengths.clamp_min(1e-30), lengths / self.true.norm(dim=1).clamp_min(1e-30)
+
+    def whole(self) -> tuple[Float[Tensor, "C f"], Float[Tensor, "C f"]]:
+        """As of rank-one components."""
+        lengths = self.lengths[:, None]
+        return self._with_true() / lengths.clamp_min(1e-30), lengths / self.true.norm(dim=1).clamp_min(1e-30)
+
+
+def known_part(decomposer: Decomposer, site: Site, truth: Truth) -> Part | MatrixPart | None:
     """The slot of a site whose mechanisms are known, its own layer's where there are several; None where there is none."""
     slots = [slot for slot in site.slots if (slot.read, slot.write) in truth.mechanisms]
-    vectors = decomposer.directions(site, slots[0]) if slots else None
-    if vectors is None:
+    if not slots:
         return None
-    read, write = (value.detach().cpu().float() for value in vectors)
-    return _part(read, write, truth.mechanisms[slots[0].read, slots[0].write])
+    known, vectors = truth.mechanisms[slots[0].read, slots[0].write], decomposer.directions(site, slots[0])
+    if vectors is not None:
+        read, write = (value.detach().cpu().float() for value in vectors)
+        return _part(read, write, known)
+    matrices = decomposer.matrices(site, slots[0])
+    return None if matrices is None or known.side is None else _matrix_part(matrices.detach().cpu().float(), known)
+
+
+def _matrix_part(matrices: Float[Tensor, "C d_in d_out"], known: Mechanisms) -> MatrixPart:
+    near = matrices if known.side == "read" else matrices.mT
+    column = known.basis.cpu() @ near
+
+    def random(generator: torch.Generator) -> MatrixPart:
+        drawn = torch.randn(matrices.shape, generator=generator)
+        norms = (matrices.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)).view(-1, 1, 1)
+        return _matrix_part(drawn * norms, known)
+
+    return MatrixPart(column, known.vectors.cpu(), random)
 
 
 def _part(read: Tensor, write: Tensor, known: Mechanisms) -> Part:
@@ -140,7 +187,7 @@ def _part(read: Tensor, write: Tensor, known: Mechanisms) -> Part:
     return Part(feature, far, known.vectors.cpu(), known.side is not None, random)
 
 
-def _mechanisms(part: Part, fired: Bool[Tensor, " C"], expected: int | None, generator: torch.Generator) -> dict[str, float]:
+def _mechanisms(part: Part | MatrixPart, fired: Bool[Tensor, " C"], expected: int | None, generator: torch.Generator) -> dict[str, float]:
     threshold = LIVE * float(part.true.norm(dim=1).mean()) if part.has_lengths else 0.0
     live = fired.cpu() & (part.lengths > threshold)
     values = _of_all(part) | _of_live(part, live)
@@ -151,23 +198,23 @@ def _mechanisms(part: Part, fired: Bool[Tensor, " C"], expected: int | None, gen
 
 def _counted(decomposer: Decomposer, site: Site, fired: Bool[Tensor, " C"], expected: int) -> dict[str, float]:
     """Live components of a map that has a known number of them but no known mechanisms."""
-    pair = decomposer.directions(site, site.slots[0])
-    if pair is None:
+    pair, matrices = decomposer.directions(site, site.slots[0]), decomposer.matrices(site, site.slots[0])
+    if pair is None and matrices is None:
         return {}
-    lengths = pair[0].norm(dim=1) * pair[1].norm(dim=1)
+    lengths = pair[0].norm(dim=1) * pair[1].norm(dim=1) if pair is not None else matrices.flatten(1).norm(dim=1)  # type: ignore[union-attr]
     live = float((fired.to(lengths.device) & (lengths > LIVE * lengths.max())).sum())
     return {"live": live, "live_surplus": live - expected}
 
 
-def _of_all(part: Part) -> dict[str, float]:
+def _of_all(part: Part | MatrixPart) -> dict[str, float]:
     """The published measures, which take every component, live or not."""
     if not part.has_lengths:
         return {"mmcs": matching.mmcs(part.whole()[0]), "ml2r": math.nan, "ml2r_longest": math.nan}
-    cosine, ratio = matching.columns(part.feature, part.other, part.true)
+    cosine, ratio = part.columns()
     return {"mmcs": matching.mmcs(cosine), "ml2r": matching.ml2r(cosine, ratio), "ml2r_longest": matching.ml2r_longest(cosine, ratio)}
 
 
-def _of_live(part: Part, live: Bool[Tensor, " C"]) -> dict[str, float]:
+def _of_live(part: Part | MatrixPart, live: Bool[Tensor, " C"]) -> dict[str, float]:
     cosine, ratio = (value[live] for value in part.whole())
     values = {f"recovery_{key}" if key in ("precision", "recall", "f1") else key: v for key, v in matching.recovery(cosine, ratio).items()}
     return values | {"matched_cosine": matching.matched_cosine(cosine)}

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from decomp_bench.targets.toys.truth import Toy
 
 
+JACOBIAN = ".jacobian"
+"""After a linear map's point: derivatives [rows, outputs, d] of all outputs of a toy by what the map gives."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Where a family of models keeps its parts: module paths, `{}` standing for the layer."""
@@ -177,15 +181,42 @@ class TargetModel:
 
     @torch.no_grad()
     def clean(self, x: Tensor, points: Iterable[str], logits: bool = True) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Activations at points and, if asked, the output, of the untouched model. `2.resid` is what block 2 reads."""
-        found: dict[str, Tensor] = {}
-        handles = [self._capture(point, found) for point in sorted(set(points))]
+        """Activations at points and, if asked, the output, of the untouched model. `2.resid` is what block 2 reads.
+
+        `2.mlp.up.jacobian` is the derivative of a toy's outputs by what that map gives; raises UserError for a language model's.
+        """
+        derived = sorted({point for point in points if point.endswith(JACOBIAN)})
+        found = self._jacobians(x, derived) if derived else {}
+        handles = [self._capture(point, found) for point in sorted(set(points).difference(derived))]
         try:
             output = self(x) if logits else self.body(x)
         finally:
             for handle in handles:
                 handle.remove()
         return found, output
+
+    @torch.enable_grad()
+    def _jacobians(self, x: Tensor, points: list[str]) -> dict[str, Tensor]:
+        if self.is_lm:
+            raise UserError(f"{self.uri}: derivatives of every output are taken of toys only; a language model has too many")
+        given: dict[str, Tensor] = {}
+
+        def keep(point: str):
+            def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+                given[point] = output if output.requires_grad else output.requires_grad_()
+                return given[point]
+
+            return self.part(point.removesuffix(JACOBIAN)).register_forward_hook(hook)
+
+        handles = [keep(point) for point in points]
+        try:
+            output = self(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        each = torch.eye(output.shape[1], device=output.device)[:, None].expand(-1, len(output), -1)
+        derivatives = torch.autograd.grad(output, [given[point] for point in points], each, is_grads_batched=True)
+        return {point: value.transpose(0, 1) for point, value in zip(points, derivatives, strict=True)}
 
     def _capture(self, point: str, found: dict[str, Tensor]):
         prefix, _, end = point.rpartition(".")

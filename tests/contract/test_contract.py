@@ -281,7 +281,9 @@ def test_every_declared_inference_choice_works(one):
 
 def test_encode_in_training_differs_by_selection_only(one):
     decomposer, _, batch, _ = one
-    inputs = {p: clean_rows(decomposer, batch.clean[p]).flatten(0, -2) for p in decomposer.points() & batch.clean.keys()}
+    inputs = {p: clean_rows(decomposer, batch.clean[p]) for p in decomposer.points() & batch.clean.keys()}
+    if decomposer.target.is_lm:
+        inputs = {p: value.flatten(0, -2) for p, value in inputs.items()}
     evaluated = decomposer.encode(inputs)
     training = copy.copy(decomposer).train()
     codes = training.encode(inputs)
