@@ -123,7 +123,7 @@ def test_gates_that_read_later_layers_are_not_applicable_on_the_replaced_stream(
 
 def test_on_text_sampled_from_the_target_the_cross_entropy_rises_by_the_kl():
     target, source = open_target("pydocs-4l", None)
-    _, found = table(make(Zero, target, (2,)), source, EvalConfig(split="stream", tokens=8000, bootstrap=200, protocols=("cascading",)))
+    _, found = table(make(Zero, target, (2,)), source, EvalConfig(split="stream", tokens=3000, bootstrap=100, protocols=("cascading",)))
     row = {r["metric"]: r for r in found.rows if r["gates"] == "self" and r["layer"] == "all"}
     assert row["ce_delta"]["lo"] < row["kl"]["value"] < row["ce_delta"]["hi"]
     assert row["kl"]["value"] > 0.05

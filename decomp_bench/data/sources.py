@@ -120,7 +120,7 @@ class ToySource(Source):
 
     def batch(self, split: str, index: np.ndarray) -> Batch:
         if split not in self._drawn:
-            self._drawn[split] = torch.cat([self._block(split, block) for block in range(self.size(split) // TOY_ROWS_A_DOCUMENT)])
+            self._drawn[split] = torch.cat([self._block(split, block) for block in range(self.size(split) // self._together)])
         return Batch(self._drawn[split][torch.from_numpy(index)], None, torch.from_numpy((index // TOY_ROWS_A_DOCUMENT).astype(np.int64)))
 
     def _block(self, split: str, block: int) -> torch.Tensor:
@@ -128,10 +128,15 @@ class ToySource(Source):
         toy, about = self.target.toy, self.target.about
         if toy is None:
             return sparse_features(TOY_ROWS_A_DOCUMENT, about["features"], about["probability"], generator)
-        return toy.draw(TOY_ROWS_A_DOCUMENT, generator)
+        return toy.draw(self._together, generator)
+
+    @property
+    def _together(self) -> int:
+        return TOY_ROWS_A_DOCUMENT if self.target.toy is None else self.target.toy.block
 
     def size(self, split: str) -> int:
-        return 65536 if split == "train" else 16384
+        rows = 65536 if self.target.toy is None else self.target.toy.rows
+        return rows if split == "train" else rows // 4
 
     def evaluation_rows(self, split: str, tokens: int) -> int:
         return min(self.size(split), -(-tokens // TOY_ROWS_A_DOCUMENT) * TOY_ROWS_A_DOCUMENT)

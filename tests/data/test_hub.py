@@ -59,7 +59,8 @@ def test_every_layout_of_a_folder_gives_the_same_documents(tmp_path):
     assert open_corpus(DataConfig(source=sources[0], column="story")).name == "parquet"
 
 
-def test_a_stream_takes_documents_in_an_order_of_the_data_seed(tmp_path):
+def test_a_stream_takes_documents_in_an_order_of_the_data_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)  # four seconds at the end of every stream
     source = parquet(tmp_path / "d", train=stories(80))
 
     def first(seed: int, **more) -> list[str]:

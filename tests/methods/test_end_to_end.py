@@ -38,7 +38,7 @@ def test_training_under_a_protocol_is_best_under_that_protocol(name, lm, tmp_pat
     target, source = lm
     found = {}
     for mode in ("cascading", "clean"):
-        decomposer = make(name, target, train_on=mode, steps=150, lr=1e-2)
+        decomposer = make(name, target, train_on=mode, steps=80, lr=1e-2)
         assert decomposer.trains_on == "sequences"
         (outcome,) = train([Job(decomposer, tmp_path / mode)], source, TrainConfig())
         assert outcome.error is None

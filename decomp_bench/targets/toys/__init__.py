@@ -18,6 +18,7 @@ class Listed:
 
 _SUPERPOSITION = "sparse features in {} hidden units, autoencoded (TMS, SPD)"
 _RESID = "residual MLP of {} computing {} features in {} neurons a layer (SPD)"
+_SYNTH = "activations of {} frequent, nested and correlated features in {} dimensions (SynthSAEBench), handed on as they are"
 TOYS = {
     "tms_5-2": Listed("5 " + _SUPERPOSITION.format(2), "seconds", (2, 10)),
     "tms_5-2-id": Listed("5 " + _SUPERPOSITION.format(2) + ", with a fixed identity layer between", "seconds", (2, 10)),
@@ -29,4 +30,6 @@ TOYS = {
     "ih": Listed("induction heads: an attention-only model of two layers that recalls what followed a token (SPD)", "a minute", (0,)),
     "two_hop": Listed("two MLPs, the second of which reads only variables that the first wrote: planted edges", "seconds", (0, 1)),
     "hierarchy": Listed("an autoencoder of features along known directions, some only on beside their parent", "seconds", (0, 1)),
+    "synth_1k": Listed(_SYNTH.format("1,000", 128), "seconds", (0, 1)),
+    "synth_16k": Listed(_SYNTH.format("16,384", 768), "minutes; 13 GB of memory", (0,)),
 }

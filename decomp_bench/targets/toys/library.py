@@ -24,6 +24,7 @@ from decomp_bench.targets.toys import TOYS
 from decomp_bench.targets.toys.hierarchy import Hierarchy
 from decomp_bench.targets.toys.induction import Induction
 from decomp_bench.targets.toys.resid import Resid
+from decomp_bench.targets.toys.synth import Synth
 from decomp_bench.targets.toys.tms import TMS
 from decomp_bench.targets.toys.two_hop import TwoHop
 
@@ -61,6 +62,8 @@ RECIPES: dict[str, Recipe] = {
     "ih": Induction(),
     "two_hop": TwoHop(),
     "hierarchy": Hierarchy(),
+    "synth_1k": Synth(),
+    "synth_16k": Synth(16_384, 768, 128, rows=4_194_304),
 }
 TRAINED_AS = {"tms_5-2-id": "tms_5-2", "tms_40-10-id": "tms_40-10"}
 """A fixed identity changes nothing in training, so these share their weights."""

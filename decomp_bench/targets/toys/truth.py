@@ -66,11 +66,16 @@ class Truth:
 
 @dataclass(frozen=True)
 class Toy:
-    """What a toy target carries: rows of its distribution `draw(rows, generator)`, a key that names the distribution, its truth."""
+    """What a toy target carries: rows of its distribution `draw(rows, generator)`, a key that names the distribution, its truth.
+
+    `rows` are drawn for training, a quarter as many for each other split; `block` of them together.
+    """
 
     draw: Callable[[int, torch.Generator], Tensor]
     key: str
     truth: Truth
+    rows: int = 65_536
+    block: int = 64
 
 
 @torch.no_grad()
