@@ -33,7 +33,7 @@ def make(name: str, target, layers=None, seed=0, **config) -> Decomposer:
     chosen = {key: value for key, value in chosen.items() if key in kind.Config.model_fields}
     if kind.trainable:
         sequences = kind.trained_on(parse(kind.Config, chosen, name)) == "sequences"
-        chosen |= {"steps": STEPS, "batch": 4 if sequences and target.is_lm else 128} | {
+        chosen |= {"steps": STEPS, "batch": 2 if sequences and target.is_lm else 128} | {
             k: v for k, v in config.items() if k == "steps"
         }
     layers = layers or tuple(range(target.layers))

@@ -145,9 +145,11 @@ def run_there(python: Path, script: str, inputs: dict[str, torch.Tensor], folder
 @pytest.mark.parametrize(
     ("form", "name", "activation"),
     [
-        *(("dictionary_learning", "sae", activation) for activation in ("relu", "topk", "batchtopk", "jumprelu")),
+        ("dictionary_learning", "sae", "relu"),
+        ("dictionary_learning", "sae", "batchtopk"),
+        *(pytest.param("dictionary_learning", "sae", activation, marks=pytest.mark.slow) for activation in ("topk", "jumprelu")),
         ("sparsify", "sae", "topk"),
-        ("sparsify", "transcoder", "topk"),
+        pytest.param("sparsify", "transcoder", "topk", marks=pytest.mark.slow),
     ],
 )
 def test_the_tool_computes_our_codes_and_outputs(form, name, activation, environment, tmp_path):
