@@ -1,6 +1,8 @@
 """Figures and tables from a results frame. Imports no torch and knows no method by name."""
 
+from .drawings import DRAWINGS
 from .export import caption_of, save
+from .grid import Drawing, grid_table
 from .labels import MEASURES, Measure, described
 from .measurements import measured_figures, measured_table
 from .pareto import pareto, paretos
@@ -9,10 +11,12 @@ from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
 
 __all__ = [
+    "DRAWINGS",
     "MEASURES",
     "PROTOCOLS",
     "Comparison",
     "Crossing",
+    "Drawing",
     "Measure",
     "Points",
     "Style",
@@ -22,6 +26,7 @@ __all__ = [
     "crossings",
     "described",
     "floor_check",
+    "grid_table",
     "measured_figures",
     "measured_table",
     "monotone_check",

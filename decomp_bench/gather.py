@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decomp_bench.errors import UserError
 from decomp_bench.files import write_json
+from decomp_bench.registry import suggest
 from decomp_bench.runs import Run, runs_folder
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ def collect(plan: Plan) -> pd.DataFrame | None:
     if not frames:
         return None
     frame = pd.concat(frames, ignore_index=True).assign(experiment=plan.experiment.name)
-    frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True).astype({"experiment": "string"})
+    words = frame["run_id"].map(plan.conditions).fillna(frame["condition"]).fillna("")
+    frame = frame.assign(condition=words).astype({"experiment": "string", "condition": "string"})
+    frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True)
     results.write(frame, plan.folder / "results.parquet")
     whole = (frame["layer"] == "all") & (frame["site"] == "all")  # the CSV is for reading; every layer and site is in the parquet
     results.write(frame[whole], plan.folder / "results.csv")
@@ -105,6 +109,8 @@ def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     runs = {key: value for key, value in _manifest(plan.folder).get("runs", {}).items() if key in kept}
     runs |= {one.id: {**one.manifest, "config": one.config.model_dump(mode="json")} for one in done}
     about: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
+    if plan.experiment.config.figures:
+        about["figures"] = list(plan.experiment.config.figures)
     if plan.measure:
         about["measurements"] = {
             one.name: {"key": one.key, "version": one.measurement.version, "settings": one.settings.model_dump(mode="json")}
@@ -121,11 +127,24 @@ def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: results.read(folder / f"{name}.parquet") for name in names if (folder / f"{name}.parquet").is_file()}
 
 
+def check_figures(names: Sequence[str], where: str) -> None:
+    """Raise UserError for a figure that is none."""
+    if names:
+        from decomp_bench.analysis import DRAWINGS
+
+        for name in names:
+            if name not in DRAWINGS:
+                raise UserError(f"{where}: no figure '{name}'; {suggest(name, sorted(DRAWINGS))}")
+
+
 def draw(folder: Path) -> list[Path]:
-    """Draw every figure of a results folder into its figures/."""
+    """Draw every figure of a results folder into its figures/, and write the tables that go with them beside the results."""
     from decomp_bench import analysis, results
 
     try:
+        if names := _manifest(folder).get("figures", []):
+            check_figures(names, str(folder / "manifest.json"))
+            return _drawings(folder, names)
         measured = measured_in(folder)
         if measured:  # the question is what was measured; one point a family makes no curve
             figures = {key: value for name, frame in measured.items() for key, value in analysis.measured_figures(name, frame).items()}
@@ -141,4 +160,19 @@ def draw(folder: Path) -> list[Path]:
         if name.endswith(tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")):
             continue  # one narrow figure for each pair of axes is enough
         paths += analysis.save(figure, folder / "figures" / name)
+    return paths
+
+
+def _drawings(folder: Path, names: Sequence[str]) -> list[Path]:
+    from decomp_bench import analysis, results
+
+    frame = results.read(folder / "results.parquet")
+    paths: list[Path] = []
+    for name in names:
+        drawing = analysis.DRAWINGS[name](frame)
+        for stem, table in drawing.tables.items():
+            for kind in ("parquet", "csv"):
+                results.write(table, folder / f"{stem}.{kind}")
+        for stem, figure in drawing.figures.items():
+            paths += analysis.save(figure, folder / "figures" / stem)
     return paths

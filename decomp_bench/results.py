@@ -37,7 +37,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "init": ("string", "initialisation of the components, empty where the method has one only"),
     "base": ("string", "ablation that a recovered share refers to: mean or zero, else empty"),
     "positions": ("string", "scored positions, such as 1: (the first is never replaced nor scored)"),
-    "condition": ("string", "what else a measurement varied, such as `concept=graphs; factor=2`; empty in the harness's own rows"),
+    "condition": (
+        "string",
+        "what else a measurement varied, such as `concept=graphs; factor=2`, or how an experiment tells its runs apart",
+    ),
     "metric": ("string", "key in the metric catalogue"),
     "metric_version": ("Int64", "version of the metric's definition"),
     "value": ("float64", "the value, NaN where not applicable"),

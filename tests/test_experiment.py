@@ -168,6 +168,26 @@ def test_a_failed_run_is_reported(place, monkeypatch):
     assert outcome.frame is None
 
 
+def test_runs_are_told_apart_by_their_condition_and_drawn_as_asked(place, monkeypatch):
+    from decomp_bench import analysis
+
+    monkeypatch.setattr("decomp_bench.workers.launch", here)
+    path = place / "experiments" / "007_something" / "config.yaml"
+    plain = experiment.plan(experiment.load("007"), Options()).wanted
+    path.write_text(yaml.safe_dump({**CONFIG, "runs": [{**CONFIG["runs"][0], "condition": {"taught": "with {k}"}}], "figures": ["told"]}))
+    with pytest.raises(UserError, match="no figure 'told'"):
+        experiment.plan(experiment.load("007"), Options())
+    monkeypatch.setitem(analysis.DRAWINGS, "told", lambda frame: analysis.Drawing({}, {"told": frame[["run_id", "condition"]]}))
+    outcome = experiment.run(experiment.load("007"), Options())
+    assert {one.id for one in outcome.plan.wanted} < {one.id for one in plain}
+    assert outcome.frame is not None
+    assert set(outcome.frame["condition"]) == {"taught=with 1", "taught=with 2"}
+    assert (outcome.plan.folder / "told.csv").is_file()
+    path.write_text(yaml.safe_dump({**CONFIG, "runs": [{**CONFIG["runs"][0], "condition": {"taught": "{kk}"}}]}))
+    with pytest.raises(UserError, match=r"condition of probe_experiment: 'kk' is no key"):
+        experiment.configs(experiment.load("007"), Options())
+
+
 def test_results_of_other_presets_lie_apart(place):
     found = experiment.load("007")
     assert found.results_folder(TOY, "laptop").name == "toy-resid_mlp1"
