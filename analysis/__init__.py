@@ -5,10 +5,12 @@ from .export import caption_of, save
 from .grid import Drawing, grid_table
 from .labels import MEASURES, Measure, described
 from .measurements import measured_figures, measured_table
+from .model_table import model_table
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
+from .typeset import latex, markdown
 
 __all__ = [
     "DRAWINGS",
@@ -27,8 +29,11 @@ __all__ = [
     "described",
     "floor_check",
     "grid_table",
+    "latex",
+    "markdown",
     "measured_figures",
     "measured_table",
+    "model_table",
     "monotone_check",
     "pareto",
     "paretos",

@@ -107,16 +107,45 @@ def _collect_documents(done: list[Run], folder: Path) -> None:
 def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     """manifest.json: for every run in the results its manifest and config, so that the run folders need not be kept."""
     runs = {key: value for key, value in _manifest(plan.folder).get("runs", {}).items() if key in kept}
-    runs |= {one.id: {**one.manifest, "config": one.config.model_dump(mode="json")} for one in done}
-    about: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
+    runs |= {one.id: about(one) for one in done}
+    made: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
     if plan.experiment.config.figures:
-        about["figures"] = list(plan.experiment.config.figures)
+        made["figures"] = list(plan.experiment.config.figures)
     if plan.measure:
-        about["measurements"] = {
+        made["measurements"] = {
             one.name: {"key": one.key, "version": one.measurement.version, "settings": one.settings.model_dump(mode="json")}
             for one in plan.measure
         }
-    write_json(about, plan.folder / "manifest.json")
+    write_json(made, plan.folder / "manifest.json")
+
+
+def about(run: Run) -> dict[str, Any]:
+    """A run's manifest with its config and the size of its weights."""
+    return {**run.manifest, "config": run.config.model_dump(mode="json"), "parameters": run.parameters}
+
+
+def at_hand(root: Path) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Rows and manifests (as in `about`) of every finished run: of results folders under ROOT/results, then of run folders.
+
+    A run that is in several places counts once. Raises UserError where there is none.
+    """
+    import pandas as pd
+
+    from decomp_bench import results
+    from decomp_bench.runs import all_runs
+
+    done = {run.id: run for run in all_runs() if run.evaluated and run.status == "done"}
+    frames, manifests = [], {}
+    for file in sorted((root / "results").glob("*/*/manifest.json")):
+        found = {name: one for name, one in _manifest(file.parent).get("runs", {}).items() if name not in manifests}
+        if found and (file.parent / "results.parquet").is_file():
+            frame = results.read(file.parent / "results.parquet")
+            frames.append(frame[frame["run_id"].isin(found.keys())])
+            manifests |= found
+    frames += [run.results() for name, run in done.items() if name not in manifests]
+    if not frames:
+        raise UserError("no runs at hand: run an experiment first, such as decomp-bench experiment run 000")
+    return pd.concat(frames, ignore_index=True), manifests | {name: about(run) for name, run in done.items()}
 
 
 def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
