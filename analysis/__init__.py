@@ -4,7 +4,7 @@ from .drawings import DRAWINGS
 from .export import caption_of, save
 from .grid import Drawing, grid_table
 from .labels import MEASURES, Measure, described
-from .measurements import measured_figures, measured_table
+from .measurements import measured_figures, measured_note, measured_table
 from .model_table import model_table
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
@@ -32,6 +32,7 @@ __all__ = [
     "latex",
     "markdown",
     "measured_figures",
+    "measured_note",
     "measured_table",
     "model_table",
     "monotone_check",

@@ -159,15 +159,17 @@ def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
 def check_figures(names: Sequence[str], where: str) -> None:
     """Raise UserError for a figure that is none."""
     if names:
-        from decomp_bench.analysis import DRAWINGS
+        from decomp_bench import analysis
 
         for name in names:
-            if name not in DRAWINGS:
-                raise UserError(f"{where}: no figure '{name}'; {suggest(name, sorted(DRAWINGS))}")
+            if name not in analysis.DRAWINGS:
+                raise UserError(f"{where}: no figure '{name}'; {suggest(name, sorted(analysis.DRAWINGS))}")
 
 
 def draw(folder: Path) -> list[Path]:
     """Draw every figure of a results folder into its figures/, and write the tables that go with them beside the results."""
+    import pandas as pd
+
     from decomp_bench import analysis, results
 
     try:
@@ -176,6 +178,9 @@ def draw(folder: Path) -> list[Path]:
             return _drawings(folder, names)
         measured = measured_in(folder)
         if measured:  # the question is what was measured; one point a family makes no curve
+            for name, frame in measured.items():
+                if brief := analysis.measured_table(name, frame):
+                    results.write(pd.DataFrame(brief), folder / f"{name}_brief.csv")
             figures = {key: value for name, frame in measured.items() for key, value in analysis.measured_figures(name, frame).items()}
             return [path for name, figure in figures.items() for path in analysis.save(figure, folder / "figures" / name)]
         frame = results.read(folder / "results.parquet")
