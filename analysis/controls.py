@@ -61,9 +61,9 @@ def control_rows(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
         first = own.iloc[0]
         row: dict[str, object] = {"family": family, "metric": metric, "better": first["better"]}
         row["run"] = _written(first["real"], first["real_lo"], first["real_hi"])
-        for one in own.itertuples(index=False):
-            value = _written(one.mean, one.lo, one.hi)
-            row[str(one.control)] = f"{value} {one.verdict}".strip() if value else (one.reason or OPEN)
+        for one in own.to_dict("records"):
+            value = _written(one["mean"], one["lo"], one["hi"])
+            row[one["control"]] = f"{value} {one['verdict']}".strip() if value else (one["reason"] or OPEN)
         rows.append(row)
     return rows
 
@@ -113,10 +113,10 @@ def beside(own: pd.DataFrame, looks: Mapping[tuple[str, str], Style], text: str)
             first = rows.iloc[0]
             _point(axes, first["real"], first["real_lo"], first["real_hi"], place, style, True)
             top, labels[place] = place, style.label
-            for one in rows.itertuples(index=False):
+            for one in rows.to_dict("records"):
                 place += 1.0
-                labels[place] = f"{one.control}{'' if np.isfinite(one.mean) else ' (n/a)'}"
-                _point(axes, one.mean, one.lo, one.hi, place, style, False)
+                labels[place] = f"{one['control']}{'' if np.isfinite(one['mean']) else ' (n/a)'}"
+                _point(axes, one["mean"], one["lo"], one["hi"], place, style, False)
             axes.plot([first["real"]] * 2, [top, place], color=style.colour, linewidth=0.5, linestyle=":", zorder=1)
         axes.set_ylim(place + 0.8, 1.0)
         axes.set_yticks(list(labels), list(labels.values()), fontsize=TEXT)

@@ -45,8 +45,8 @@ def tail_rows(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
         means = _means(data[(data["metric"] == metric) & (data["site"] == "all")], ["family", "variant", "rank"])
         for (family, variant), own in means.groupby(["family", "variant"], sort=False):
             row: dict[str, object] = {"family": family, "variant": variant, "metric": metric}
-            for one in own.sort_values("rank").itertuples(index=False):
-                row[f"> {one.rank:g}"] = "" if not np.isfinite(one.mean) else f"{one.mean:.3f}"
+            for one in own.sort_values("rank").to_dict("records"):
+                row[f"> {one['rank']:g}"] = "" if not np.isfinite(one["mean"]) else f"{one['mean']:.3f}"
             found.append(row)
     return found
 

@@ -92,7 +92,7 @@ def _trained(decomposer: Decomposer, source: Source) -> Decomposer | str:
     return outcome.error or decomposer.eval()
 
 
-def _gates(decomposer: Decomposer) -> str:
+def _gates(decomposer: Decomposer) -> Literal["clean", "self"]:
     return "self" if upstream(decomposer) else "clean"
 
 
