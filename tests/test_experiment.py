@@ -188,6 +188,34 @@ def test_runs_are_told_apart_by_their_condition_and_drawn_as_asked(place, monkey
         experiment.configs(experiment.load("007"), Options())
 
 
+def test_every_run_at_hand_counts_once_also_when_its_folder_is_gone(place, monkeypatch):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    from decomp_bench import gather
+    from decomp_bench.runs import all_runs, folder_at
+
+    monkeypatch.setattr("decomp_bench.workers.launch", here)
+    monkeypatch.setattr(experiment, "draw", lambda folder: [])
+    with pytest.raises(UserError, match="no runs at hand"):
+        gather.at_hand(place)
+    outcome = experiment.run(experiment.load("007"), Options())
+    ids = sorted(one.id for one in outcome.plan.wanted)
+    with folder_at(place / "results" / "runs"):
+        frame, manifests = gather.at_hand(place)
+        for run in all_runs():
+            held = sum(value.numel() for value in load_file(run.checkpoint / "decomposer.safetensors").values())
+            assert manifests[run.id]["parameters"] == run.parameters == held > 0
+    assert sorted(manifests) == ids
+    assert frame.duplicated(["run_id", "protocol", "gates", "mask", "delta", "variant", "layer", "site", "metric", "base"]).sum() == 0
+    shutil.rmtree(place / "results" / "runs")
+    again, kept = gather.at_hand(place)
+    assert sorted(kept) == ids
+    assert len(again) == len(frame)
+    assert all(one["parameters"] for one in kept.values())
+
+
 def test_results_of_other_presets_lie_apart(place):
     found = experiment.load("007")
     assert found.results_folder(TOY, "laptop").name == "toy-resid_mlp1"
