@@ -27,6 +27,7 @@ METRICS = {
     "ce_recovered_mean": Measure(
         "CE recovered", "(CE_mean - CE) / (CE_mean - CE_clean), CE_mean with the MLPs' outputs at their training mean"
     ),
+    "output_mse": Measure("Squared error", "mean squared difference from the target's output"),
 }
 ABOUT = ["target", "target_hash", "dataset", "token_hash", "split", "positions", "layers"]
 CELL = ["method", "family", "kind", "variant", TRAINED, "protocol", "gates"]
@@ -46,8 +47,6 @@ def protocol_grid(frame: pd.DataFrame) -> Drawing:
     """The grid of every metric of `METRICS` that is there; raises ValueError with one line where there is nothing to draw."""
     cells = grid_table(frame)
     figures = {f"protocol_grid_{key}": grid(cells, key) for key in METRICS if cells.loc[cells["metric"] == key, "mean"].notna().any()}
-    if not figures:
-        raise ValueError("nothing to draw: no run has a cross-entropy")
     return Drawing(figures, {"protocol_grid": cells})
 
 
@@ -58,6 +57,8 @@ def grid_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     own = frame[frame["curve"] == "trained"]
     there = [key for key in METRICS if key in set(own["metric"])]
+    if not there:
+        raise ValueError(f"nothing to draw: no run has {' or '.join(METRICS)}")
     view = View(protocols=tuple(name for name in PROTOCOLS if name in set(own["protocol"])))
     found = unfolded(rows(own, tuple(there), view))
     found = found.assign(**{TRAINED: found.get(TRAINED, ""), "n": found["n"].astype("float64")})

@@ -71,6 +71,13 @@ def test_what_does_not_apply_stays_in_the_table_with_its_reason():
     assert "protocol_grid_ce_delta" in drawing.figures
 
 
+def test_a_toy_has_its_own_error_and_nothing_to_draw_is_one_line():
+    toy = frame(metric="output_mse")
+    assert set(DRAWINGS["protocol_grid"](toy).figures) == {"protocol_grid_output_mse"}
+    with pytest.raises(ValueError, match="nothing to draw: no run has ce_delta or"):
+        grid_table(frame(metric="fvu"))
+
+
 def test_rows_of_different_tokens_are_refused():
     data = frame()
     data.loc[data["run_id"] == "local-0", "token_hash"] = "cd"
