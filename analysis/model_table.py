@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,13 +43,15 @@ def model_table(frame: pd.DataFrame, manifests: Manifests) -> pd.DataFrame:
         raise ValueError("no runs at hand: run an experiment first, such as decomp-bench experiment run 000")
     made = pd.DataFrame(found)
     order = [*KEYS, "kind", "family", *(name for name in ("l0_mlp",) if name in made), "variant", "setup"]
-    return made.sort_values(order, ignore_index=True, kind="stable").dropna(axis=1, how="all")
+    rising = [name != "kind" for name in order]  # replacements before what sees y
+    return made.sort_values(order, ascending=rising, ignore_index=True).dropna(axis=1, how="all")
 
 
 def _setup(run: str, manifests: Manifests) -> str:
-    """What a run's config holds beside its seed and how it was executed."""
+    """A hash of what a run's config holds beside its seed and how it was executed."""
     config = dict(manifests.get(run, {}).get("config") or {"run": run})
-    return json.dumps({key: value for key, value in config.items() if key not in ("seed", "train")}, sort_keys=True, default=str)
+    kept = {key: value for key, value in config.items() if key not in ("seed", "train")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _row(own: pd.DataFrame, manifests: Manifests) -> dict[str, Any]:

@@ -97,4 +97,6 @@ def read(path: Path | str) -> pd.DataFrame:
         raise ValueError(
             f"{path} has results schema {sorted(map(str, found))}, this version reads {SCHEMA_VERSION}: evaluate the runs again"
         )
+    if "condition" not in data:  # the column is younger than the first results
+        data["condition"] = ""
     return data.astype({name: dtype for name, (dtype, _) in COLUMNS.items() if name in data})

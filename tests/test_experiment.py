@@ -216,6 +216,11 @@ def test_every_run_at_hand_counts_once_also_when_its_folder_is_gone(place, monke
     assert all(one["parameters"] for one in kept.values())
 
 
+def test_results_that_are_older_than_conditions_are_read(tmp_path):
+    results.write(results.frame([{"run_id": "a", "value": 1.0}]).drop(columns="condition"), tmp_path / "old.parquet")
+    assert list(results.read(tmp_path / "old.parquet")["condition"]) == [""]
+
+
 def test_results_of_other_presets_lie_apart(place):
     found = experiment.load("007")
     assert found.results_folder(TOY, "laptop").name == "toy-resid_mlp1"
