@@ -1,18 +1,24 @@
 """Figures and tables from a results frame. Imports no torch and knows no method by name."""
 
+from .drawings import DRAWINGS
 from .export import caption_of, save
+from .grid import Drawing, grid_table
 from .labels import MEASURES, Measure, described
-from .measurements import measured_figures, measured_table
+from .measurements import measured_figures, measured_note, measured_table
+from .model_table import model_table
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
+from .typeset import latex, markdown
 
 __all__ = [
+    "DRAWINGS",
     "MEASURES",
     "PROTOCOLS",
     "Comparison",
     "Crossing",
+    "Drawing",
     "Measure",
     "Points",
     "Style",
@@ -22,8 +28,13 @@ __all__ = [
     "crossings",
     "described",
     "floor_check",
+    "grid_table",
+    "latex",
+    "markdown",
     "measured_figures",
+    "measured_note",
     "measured_table",
+    "model_table",
     "monotone_check",
     "pareto",
     "paretos",

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .controls import control_figures, control_rows
 from .forest import forest
 from .measured import Measurements, conditions, read, summary
+from .tails import tail_figures, tail_rows
 from .tracks import Axis, tracks
 
 STEERING = (
@@ -73,11 +75,30 @@ def _ablation_table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
     return summary(found, "ablation_on_at_damage", "ablation_gain", _at(found))
 
 
-DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {"steering": _steering, "topic_ablation": _ablation}
+DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {
+    "controls": control_figures,
+    "steering": _steering,
+    "tails": tail_figures,
+    "topic_ablation": _ablation,
+}
 TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
+    "controls": control_rows,
     "steering": _steering_table,
+    "tails": tail_rows,
     "topic_ablation": _ablation_table,
 }
+
+
+CONCEPTS = "over all concepts; brackets: 95% over concepts; gain: above the mean of random controls"
+NOTES = {
+    "controls": "brackets: 95%; tells: better than the control and the intervals apart; fooled: worse and apart; blind: not apart",
+    "tails": "what lies beyond so many of a token's largest components, mean over sites",
+}
+
+
+def measured_note(name: str) -> str:
+    """What a reader of a measurement's table has to know."""
+    return NOTES.get(name, CONCEPTS)
 
 
 def measured_figures(name: str, frame: pd.DataFrame) -> dict[str, Figure]:

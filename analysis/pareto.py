@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from .caption import caption
 from .labels import Measure, measure
 from .layout import TEXT, Entries, canvas, finish
-from .points import Points, View, curves, points, same_for_both_gates
+from .points import Points, View, curves, points, same_for_both_gates, told_apart
 from .style import GREY, GROUPS, Style, plain, styles
 
 XS = ("l0_mlp", "active_params", "bits")
@@ -235,7 +235,7 @@ def pareto(
     One panel per protocol of the view. Solid: trained separately; dashed: inference sweeps (`middle` of a family's checkpoints, `all`
     or `none`); hollow: not converged; grey: floors. Three panels are 7 inches wide, one is 3.3. Raises ValueError with one line.
     """
-    view = view or View()
+    view, frame = view or View(), told_apart(frame)
     found = points(frame, view)
     data = _shown(found.data, sweeps)
     data = data[~(twins := same_for_both_gates(data))]

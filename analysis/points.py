@@ -57,6 +57,17 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
+def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with what an experiment tells its runs apart by in their families, where those do not say it already, and no conditions."""
+    if "condition" not in frame or (words := frame["condition"].fillna("").astype(str)).eq("").all():
+        return frame
+    known = {text: [pair.partition("=")[2] for pair in text.split("; ")] for text in set(words) - {""}}
+    family = [
+        ", ".join([name, *(v for v in known.get(text, []) if v not in name)]) for name, text in zip(frame["family"], words, strict=True)
+    ]
+    return frame.assign(family=pd.Series(family, index=frame.index, dtype="string"), condition="")
+
+
 def _keep(data: pd.DataFrame, column: str, wanted: tuple[str, ...], option: str) -> pd.DataFrame:
     """The rows with one of the wanted values; raises ValueError where one of them has no row at all."""
     present = sorted(data[column].unique())
@@ -164,6 +175,7 @@ def points(frame: pd.DataFrame, view: View | None = None) -> Points:
     Raises ValueError with one line where rows are missing or must not share axes.
     """
     view = view or View()
+    frame = told_apart(frame)
     if view.x == view.y:
         raise ValueError(f"x and y are both {view.x}: choose two metrics")
     data = rows(frame, (view.x, view.y), view)

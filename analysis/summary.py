@@ -11,7 +11,7 @@ import pandas as pd
 
 from .curves import Curve, Overlap, curve, mean, overlap, roots, share_below_zero
 from .intervals import describe, over_seeds, together
-from .points import View, curves, points, rows
+from .points import View, curves, points, rows, told_apart
 
 TABLE = ["family", "variant", "kind", "trainable", "curve", "protocol", "gates", "metric", "base"]
 
@@ -80,7 +80,7 @@ def table(frame: pd.DataFrame, metrics: Iterable[str] | None = None, view: View 
     One row per (family, variant, protocol, gates, metric, base): mean over seeds, interval and what it is. NaN and inapplicable values
     are counted in `left_out`. Uses the view's conditions, not its x and y. Raises ValueError with one line.
     """
-    view = view or View()
+    view, frame = view or View(), told_apart(frame)
     wanted = tuple(metrics) if metrics is not None else tuple(sorted(frame["metric"].dropna().unique()))
     data = rows(frame, wanted, view)
     values = data["value"].to_numpy(float, na_value=np.nan)

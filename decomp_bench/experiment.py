@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from decomp_bench.config import Config, DataConfig, EvalConfig, RunConfig, TrainConfig, merge, parse, parse_set, read_yaml
 from decomp_bench.costs import apart, default_workers, estimate
 from decomp_bench.errors import UserError
-from decomp_bench.gather import collect, draw
+from decomp_bench.gather import check_figures, collect, draw
 from decomp_bench.measure import errors, missing
 from decomp_bench.measurements import Asked, asked
 from decomp_bench.registry import suggest
@@ -35,6 +35,9 @@ class RunSpec(Config):
     """Config key -> values; several keys span their product."""
     at: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`key=value` of a swept value -> settings of that point alone (`eval`, say a sweep at inference)."""
+    condition: dict[str, str] = Field(default_factory=dict)
+    """What the experiment's figures tell these runs apart by, such as `trained: "{train_on}"`, where a brace names a config key. It stands
+    in the column `condition` of the experiment's results; no run's id depends on it."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Preset -> what it changes in this entry (`config`, `sweep`, `layers`, `at`)."""
 
@@ -58,6 +61,8 @@ class ExperimentConfig(Config):
     """What a script is given; presets change it."""
     measure: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Measurement -> settings: what every run gets once it is evaluated. No run's id depends on it."""
+    figures: tuple[str, ...] = ()
+    """What is drawn of the runs (`decomp_bench.analysis.DRAWINGS`); none: sparsity against fidelity, or what was measured."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Preset -> what it changes in this file (`seeds`, `data`, `eval`, `train`, `settings`, `measure`)."""
 
@@ -65,8 +70,8 @@ class ExperimentConfig(Config):
     def _something_to_do(self) -> ExperimentConfig:
         if bool(self.runs) == bool(self.script):
             raise ValueError("give either runs or a script")
-        if self.measure and self.script:
-            raise ValueError("measure is for runs, and a script has none")
+        if (self.measure or self.figures) and self.script:
+            raise ValueError("measure and figures are for runs, and a script has none")
         return self
 
 
@@ -120,6 +125,8 @@ class Plan:
     """Ids of all methods and seeds that the results folder may hold: those of earlier calls as well."""
     measure: list[Asked] = field(default_factory=list)
     """What every run is given once it is evaluated."""
+    conditions: dict[str, str] = field(default_factory=dict)
+    """Run id -> what the experiment's figures tell the run apart by, as results have it."""
 
     @property
     def folder(self) -> Path:
@@ -207,6 +214,11 @@ def measurements(experiment: Experiment, options: Options) -> list[Asked]:
 
 def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
     """The configs of every wanted run; raises UserError for an unknown preset, method or key."""
+    return [config for config, _ in _conditioned(experiment, options)]
+
+
+def _conditioned(experiment: Experiment, options: Options) -> list[tuple[RunConfig, str]]:
+    """The config of every wanted run, and its condition in words."""
     whole, preset, where = _of_preset(experiment, options)
     sets = tuple(item for item in options.set if not item.startswith(MEASURE))
     methods = list(dict.fromkeys(spec.method for spec in whole.runs))
@@ -224,7 +236,7 @@ def configs(experiment: Experiment, options: Options) -> list[RunConfig]:
 
 def _spec_configs(
     spec: RunSpec, preset: str | None, common: dict, seeds: tuple[int, ...], sets: tuple[str, ...], where: str
-) -> list[RunConfig]:
+) -> list[tuple[RunConfig, str]]:
     raw = spec.model_dump(mode="json", exclude={"presets"})
     spec = parse(RunSpec, merge(raw, spec.presets.get(preset, {}) if preset else {}), f"{where}, preset {preset} of {spec.method}")
     points: list[dict[str, Any]] = [spec.config]
@@ -236,45 +248,62 @@ def _spec_configs(
             base = {**common, "method": spec.method, "layers": spec.layers, "seed": seed, "method_config": point}
             for key, value in point.items():
                 base = merge(base, spec.at.get(f"{key}={value}", {}))
-            made += [parse(RunConfig, merge(base, over), where if not sets else f"{where} with --set") for over in parse_set(list(sets))]
+            for over in parse_set(list(sets)):
+                config = parse(RunConfig, merge(base, over), where if not sets else f"{where} with --set")
+                made.append((config, _in_words(spec, config, where)))
     return made
+
+
+def _in_words(spec: RunSpec, config: RunConfig, where: str) -> str:
+    if not spec.condition:
+        return ""
+    from decomp_bench.results import condition
+
+    try:
+        return condition(**{key: text.format(**config.method_config) for key, text in spec.condition.items()})
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{where}: condition of {spec.method}: {error} is no key of its config or sweep") from None
 
 
 def plan(experiment: Experiment, options: Options) -> Plan:
     """Name every wanted run, which takes the target and its data; methods that do not apply are left out, with the reason."""
     from decomp_bench import data, targets
 
-    wanted = configs(experiment, options)
+    conditioned = _conditioned(experiment, options)
+    wanted = [config for config, _ in conditioned]
     if len({(config.target, config.data) for config in wanted}) > 1:
         raise UserError("an experiment runs on one target and one data set at a time; give target and data one value each")
     made = Plan(experiment, options.preset or experiment.config.preset, wanted[0].target if wanted else experiment.config.target, [])
     made.measure = measurements(experiment, options)
+    check_figures(experiment.config.figures, str(experiment.path / "config.yaml"))
     target = targets.load(made.target)
     source = data.source(target, wanted[0].data)
-    made.wanted = _resolved(wanted, target, source, made.left_out)
+    made.wanted = _resolved(conditioned, target, source, made)
     seeds = {*experiment.config.seeds, *options.seeds, *_seeds_in(made.folder)}
-    whole = configs(experiment, Options(made.preset, seeds=tuple(sorted(seeds)), target=options.target))
-    everything = _resolved(whole, target, source, [], strict=False) if not options.set else []
+    whole = _conditioned(experiment, Options(made.preset, seeds=tuple(sorted(seeds)), target=options.target))
+    everything = _resolved(whole, target, source, made, strict=False) if not options.set else []
     made.every = {one.id for one in (*everything, *made.wanted)}
     return made
 
 
-def _resolved(wanted: Sequence[RunConfig], target: Any, source: Any, left_out: list[str], strict: bool = True) -> list[ResolvedRun]:
+def _resolved(wanted: Sequence[tuple[RunConfig, str]], target: Any, source: Any, made: Plan, strict: bool = True) -> list[ResolvedRun]:
+    """The runs by name; their conditions, and what is left out of those that are strictly wanted, are noted in the plan."""
     from decomp_bench.registry import method
 
     found: dict[str, ResolvedRun] = {}
-    for config in wanted:
+    for config, words in wanted:
         try:
             reason = method(config.method).skip(target, target.layer_tuple(config.layers))
             if reason:
-                left_out.append(f"{config.method}: {reason}")
+                made.left_out += [f"{config.method}: {reason}"] if strict else []
                 continue
             one = resolve(config, target, source, "the experiment")
             found[one.id] = one
+            made.conditions.setdefault(one.id, words)
         except Exception:  # a method that nobody asked for may be broken
             if strict:
                 raise
-    left_out[:] = dict.fromkeys(left_out)
+    made.left_out[:] = dict.fromkeys(made.left_out)
     return list(found.values())
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decomp_bench.errors import UserError
 from decomp_bench.files import write_json
+from decomp_bench.registry import suggest
 from decomp_bench.runs import Run, runs_folder
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ def collect(plan: Plan) -> pd.DataFrame | None:
     if not frames:
         return None
     frame = pd.concat(frames, ignore_index=True).assign(experiment=plan.experiment.name)
-    frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True).astype({"experiment": "string"})
+    words = frame["run_id"].map(plan.conditions).fillna(frame["condition"]).fillna("")
+    frame = frame.assign(condition=words).astype({"experiment": "string", "condition": "string"})
+    frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True)
     results.write(frame, plan.folder / "results.parquet")
     whole = (frame["layer"] == "all") & (frame["site"] == "all")  # the CSV is for reading; every layer and site is in the parquet
     results.write(frame[whole], plan.folder / "results.csv")
@@ -103,14 +107,45 @@ def _collect_documents(done: list[Run], folder: Path) -> None:
 def _collect_manifests(done: list[Run], plan: Plan, kept: set[str]) -> None:
     """manifest.json: for every run in the results its manifest and config, so that the run folders need not be kept."""
     runs = {key: value for key, value in _manifest(plan.folder).get("runs", {}).items() if key in kept}
-    runs |= {one.id: {**one.manifest, "config": one.config.model_dump(mode="json")} for one in done}
-    about: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
+    runs |= {one.id: about(one) for one in done}
+    made: dict[str, Any] = {"experiment": plan.experiment.name, "preset": plan.preset, "target": plan.target, "runs": runs}
+    if plan.experiment.config.figures:
+        made["figures"] = list(plan.experiment.config.figures)
     if plan.measure:
-        about["measurements"] = {
+        made["measurements"] = {
             one.name: {"key": one.key, "version": one.measurement.version, "settings": one.settings.model_dump(mode="json")}
             for one in plan.measure
         }
-    write_json(about, plan.folder / "manifest.json")
+    write_json(made, plan.folder / "manifest.json")
+
+
+def about(run: Run) -> dict[str, Any]:
+    """A run's manifest with its config and the size of its weights."""
+    return {**run.manifest, "config": run.config.model_dump(mode="json"), "parameters": run.parameters}
+
+
+def at_hand(root: Path) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Rows and manifests (as in `about`) of every finished run: of results folders under ROOT/results, then of run folders.
+
+    A run that is in several places counts once. Raises UserError where there is none.
+    """
+    import pandas as pd
+
+    from decomp_bench import results
+    from decomp_bench.runs import all_runs
+
+    done = {run.id: run for run in all_runs() if run.evaluated and run.status == "done"}
+    frames, manifests = [], {}
+    for file in sorted((root / "results").glob("*/*/manifest.json")):
+        found = {name: one for name, one in _manifest(file.parent).get("runs", {}).items() if name not in manifests}
+        if found and (file.parent / "results.parquet").is_file():
+            frame = results.read(file.parent / "results.parquet")
+            frames.append(frame[frame["run_id"].isin(found.keys())])
+            manifests |= found
+    frames += [run.results() for name, run in done.items() if name not in manifests]
+    if not frames:
+        raise UserError("no runs at hand: run an experiment first, such as decomp-bench experiment run 000")
+    return pd.concat(frames, ignore_index=True), manifests | {name: about(run) for name, run in done.items()}
 
 
 def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
@@ -121,13 +156,31 @@ def measured_in(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: results.read(folder / f"{name}.parquet") for name in names if (folder / f"{name}.parquet").is_file()}
 
 
+def check_figures(names: Sequence[str], where: str) -> None:
+    """Raise UserError for a figure that is none."""
+    if names:
+        from decomp_bench import analysis
+
+        for name in names:
+            if name not in analysis.DRAWINGS:
+                raise UserError(f"{where}: no figure '{name}'; {suggest(name, sorted(analysis.DRAWINGS))}")
+
+
 def draw(folder: Path) -> list[Path]:
-    """Draw every figure of a results folder into its figures/."""
+    """Draw every figure of a results folder into its figures/, and write the tables that go with them beside the results."""
+    import pandas as pd
+
     from decomp_bench import analysis, results
 
     try:
+        if names := _manifest(folder).get("figures", []):
+            check_figures(names, str(folder / "manifest.json"))
+            return _drawings(folder, names)
         measured = measured_in(folder)
         if measured:  # the question is what was measured; one point a family makes no curve
+            for name, frame in measured.items():
+                if brief := analysis.measured_table(name, frame):
+                    results.write(pd.DataFrame(brief), folder / f"{name}_brief.csv")
             figures = {key: value for name, frame in measured.items() for key, value in analysis.measured_figures(name, frame).items()}
             return [path for name, figure in figures.items() for path in analysis.save(figure, folder / "figures" / name)]
         frame = results.read(folder / "results.parquet")
@@ -141,4 +194,19 @@ def draw(folder: Path) -> list[Path]:
         if name.endswith(tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")):
             continue  # one narrow figure for each pair of axes is enough
         paths += analysis.save(figure, folder / "figures" / name)
+    return paths
+
+
+def _drawings(folder: Path, names: Sequence[str]) -> list[Path]:
+    from decomp_bench import analysis, results
+
+    frame = results.read(folder / "results.parquet")
+    paths: list[Path] = []
+    for name in names:
+        drawing = analysis.DRAWINGS[name](frame)
+        for stem, table in drawing.tables.items():
+            for kind in ("parquet", "csv"):
+                results.write(table, folder / f"{stem}.{kind}")
+        for stem, figure in drawing.figures.items():
+            paths += analysis.save(figure, folder / "figures" / stem)
     return paths

@@ -37,7 +37,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "init": ("string", "initialisation of the components, empty where the method has one only"),
     "base": ("string", "ablation that a recovered share refers to: mean or zero, else empty"),
     "positions": ("string", "scored positions, such as 1: (the first is never replaced nor scored)"),
-    "condition": ("string", "what else a measurement varied, such as `concept=graphs; factor=2`; empty in the harness's own rows"),
+    "condition": (
+        "string",
+        "what else a measurement varied, such as `concept=graphs; factor=2`, or how an experiment tells its runs apart",
+    ),
     "metric": ("string", "key in the metric catalogue"),
     "metric_version": ("Int64", "version of the metric's definition"),
     "value": ("float64", "the value, NaN where not applicable"),
@@ -94,4 +97,6 @@ def read(path: Path | str) -> pd.DataFrame:
         raise ValueError(
             f"{path} has results schema {sorted(map(str, found))}, this version reads {SCHEMA_VERSION}: evaluate the runs again"
         )
+    if "condition" not in data:  # the column is younger than the first results
+        data["condition"] = ""
     return data.astype({name: dtype for name, (dtype, _) in COLUMNS.items() if name in data})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -171,6 +172,16 @@ class Run:
     def trained(self) -> bool:
         """Whether the final weights are there."""
         return (self.checkpoint / "decomposer.json").is_file()
+
+    @property
+    def parameters(self) -> int | None:
+        """Scalars that the final weights hold, by the file's head; None where there is none that can be read."""
+        try:
+            with (self.checkpoint / "decomposer.safetensors").open("rb") as stream:
+                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        except (OSError, ValueError, MemoryError):
+            return None
+        return sum(math.prod(about["shape"]) for name, about in head.items() if name != "__metadata__")
 
     @property
     def evaluated(self) -> bool:

@@ -168,6 +168,59 @@ def test_a_failed_run_is_reported(place, monkeypatch):
     assert outcome.frame is None
 
 
+def test_runs_are_told_apart_by_their_condition_and_drawn_as_asked(place, monkeypatch):
+    from decomp_bench import analysis
+
+    monkeypatch.setattr("decomp_bench.workers.launch", here)
+    path = place / "experiments" / "007_something" / "config.yaml"
+    plain = experiment.plan(experiment.load("007"), Options()).wanted
+    path.write_text(yaml.safe_dump({**CONFIG, "runs": [{**CONFIG["runs"][0], "condition": {"taught": "with {k}"}}], "figures": ["told"]}))
+    with pytest.raises(UserError, match="no figure 'told'"):
+        experiment.plan(experiment.load("007"), Options())
+    monkeypatch.setitem(analysis.DRAWINGS, "told", lambda frame: analysis.Drawing({}, {"told": frame[["run_id", "condition"]]}))
+    outcome = experiment.run(experiment.load("007"), Options())
+    assert {one.id for one in outcome.plan.wanted} < {one.id for one in plain}
+    assert outcome.frame is not None
+    assert set(outcome.frame["condition"]) == {"taught=with 1", "taught=with 2"}
+    assert (outcome.plan.folder / "told.csv").is_file()
+    path.write_text(yaml.safe_dump({**CONFIG, "runs": [{**CONFIG["runs"][0], "condition": {"taught": "{kk}"}}]}))
+    with pytest.raises(UserError, match=r"condition of probe_experiment: 'kk' is no key"):
+        experiment.configs(experiment.load("007"), Options())
+
+
+def test_every_run_at_hand_counts_once_also_when_its_folder_is_gone(place, monkeypatch):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    from decomp_bench import gather
+    from decomp_bench.runs import all_runs, folder_at
+
+    monkeypatch.setattr("decomp_bench.workers.launch", here)
+    monkeypatch.setattr(experiment, "draw", lambda folder: [])
+    with pytest.raises(UserError, match="no runs at hand"):
+        gather.at_hand(place)
+    outcome = experiment.run(experiment.load("007"), Options())
+    ids = sorted(one.id for one in outcome.plan.wanted)
+    with folder_at(place / "results" / "runs"):
+        frame, manifests = gather.at_hand(place)
+        for run in all_runs():
+            held = sum(value.numel() for value in load_file(run.checkpoint / "decomposer.safetensors").values())
+            assert manifests[run.id]["parameters"] == run.parameters == held > 0
+    assert sorted(manifests) == ids
+    assert frame.duplicated(["run_id", "protocol", "gates", "mask", "delta", "variant", "layer", "site", "metric", "base"]).sum() == 0
+    shutil.rmtree(place / "results" / "runs")
+    again, kept = gather.at_hand(place)
+    assert sorted(kept) == ids
+    assert len(again) == len(frame)
+    assert all(one["parameters"] for one in kept.values())
+
+
+def test_results_that_are_older_than_conditions_are_read(tmp_path):
+    results.write(results.frame([{"run_id": "a", "value": 1.0}]).drop(columns="condition"), tmp_path / "old.parquet")
+    assert list(results.read(tmp_path / "old.parquet")["condition"]) == [""]
+
+
 def test_results_of_other_presets_lie_apart(place):
     found = experiment.load("007")
     assert found.results_folder(TOY, "laptop").name == "toy-resid_mlp1"

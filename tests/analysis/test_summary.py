@@ -21,6 +21,13 @@ def frame(*curves):
     return results.frame([row for curve in curves for row in curve])
 
 
+def test_runs_that_an_experiment_tells_apart_are_not_averaged():
+    told = [("a", "taught=gently; at=home"), ("b", "taught=harshly"), ("c", "taught=family")]
+    rows = [row(run_id=run, value=float(i), condition=words) for i, (run, words) in enumerate(told)]
+    found = table(results.frame(rows), view=CLEAN)
+    assert dict(zip(found["family"], found["mean"], strict=True)) == {"family": 2.0, "family, gently, home": 0.0, "family, harshly": 1.0}
+
+
 def test_the_table_gives_mean_interval_and_what_was_left_out():
     rows = [row(seed=seed, run_id=f"r{seed}", value=value, lo=value - 0.01, hi=value + 0.01) for seed, value in enumerate((0.1, 0.2, 0.3))]
     rows += [row(seed=3, run_id="r3", value=float("nan"), converged="no")]
