@@ -34,6 +34,8 @@ class Measurements:
     data: pd.DataFrame
     facts: dict[str, str]
     left_out: list[str]
+    known: pd.DataFrame
+    """The entries that there are rows of, those without a value too, so that a family looks the same in every figure of an experiment."""
     each: str = "concept"
 
     def of(self, metric: str, over: str, control: bool = False, at: str | None = None) -> pd.DataFrame:
@@ -68,7 +70,8 @@ def read(frame: pd.DataFrame, at: str, each: str = "concept") -> Measurements:
     facts["seeds"] = describe(points["seeds"].tolist()).removeprefix("95% document bootstrap, ")
     measured = data[~data[each].isin(["all", ""]) & data["value"].notna() & (data["way"] != "")]
     facts[f"{each}s"] = ", ".join(dict.fromkeys(measured[each]))
-    return Measurements(points.dropna(subset=["mean"]), facts, _left_out(data, whole, each), each)
+    known = points[ENTRY].drop_duplicates()
+    return Measurements(points.dropna(subset=["mean"]), facts, _left_out(data, whole, each), known, each)
 
 
 def _left_out(data: pd.DataFrame, whole: pd.DataFrame, each: str) -> list[str]:
@@ -87,7 +90,7 @@ def group_of(kind: str, trainable: bool) -> str:
 
 def looks(found: Measurements) -> dict[tuple[str, str], Style]:
     """(family, kind) -> style: of families as in every figure, of baselines grey with markers of their own."""
-    known = found.data[ENTRY].drop_duplicates()
+    known = found.known
     made = styles(known[known["kind"] != BASELINE]) if (known["kind"] != BASELINE).any() else {}
     for place, family in enumerate(sorted(set(known[known["kind"] == BASELINE]["family"]))):
         marker = BASELINE_MARKERS[place % len(BASELINE_MARKERS)]

@@ -75,9 +75,9 @@ def _ablation_table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
 
 RULE = (
     "Rule of a few token literals made on fold A and scored on fold C as a detector of activity; half of the inactive positions are near "
-    "misses (dotted: chance)"
+    "misses"
 )
-INTRUDER = "Share of intruders found among four contexts of one band of size, by cosine of TF-IDF of the words around (dotted: chance)"
+INTRUDER = "Share of intruders found among four contexts of one band of size, by cosine of TF-IDF of the words around"
 PURITY = "1 - H(token where active) / H(token at as many other positions); zero where activity has nothing to do with the token"
 CAUTION = "Proxies: they say how far contexts predict activity under a fixed local model, not what a person understands."
 DRAW = "Components drawn over strata of density by one rule for all. Hollow: random directions, each as dense as the component beside it"
@@ -108,7 +108,7 @@ def _interpretability(frame: pd.DataFrame) -> dict[str, Figure]:
         ("purity_token", "Purity of the token", PURITY, 0.0),
     )
     made = {
-        key: forest(found, key, "all", "components", label, f"{text}. {same}", zero, DIRECTIONS)
+        key: forest(found, key, "all", "components", label, f"{text}. Dotted: chance. {same}", zero, DIRECTIONS)
         for key, label, text, zero in forests
         if not found.of(key, "components", at="all").empty
     }

@@ -228,14 +228,20 @@ def _held(
     """Sizes of the chosen components, and products of the random directions with what they read, at all positions."""
     total = int((sample.length - int(decomposer.target.keeps_first)).sum())
     own, products = np.empty((total, len(chosen)), np.float32), np.empty((total, len(chosen)), np.float32)
+    columns: dict[str, list[int]] = {}
+    for c, one in enumerate(chosen):
+        columns.setdefault(one.site.name, []).append(c)
+    banks = {name: torch.stack([directions[c] for c in own_columns], 1) for name, own_columns in columns.items()}
     done = 0
     for batch, kept in _batches(decomposer, sample, size):
         codes = clean_codes(decomposer, batch)
         part = slice(done, done + int(kept.sum()))
-        for c, (one, direction) in enumerate(zip(chosen, directions, strict=True)):
-            own[part, c] = codes[one.site.name].value[..., one.index][kept].abs().float().cpu().numpy()
-            read = clean_rows(decomposer, batch.clean[one.site.slots[0].read])
-            products[part, c] = (read[kept].float() @ direction).cpu().numpy()
+        for name, which in columns.items():
+            index = torch.tensor([chosen[c].index for c in which], device=kept.device)
+            value = (codes[name].strength[..., index] * codes[name].gate[..., index])[kept]
+            own[part, which] = value.abs().float().cpu().numpy()
+            read = clean_rows(decomposer, batch.clean[chosen[which[0]].site.slots[0].read])
+            products[part, which] = (read[kept].float() @ banks[name]).cpu().numpy()
         done = part.stop
     return own, products
 

@@ -26,7 +26,7 @@ def mean_row(metric: str, values: Float[np.ndarray, " m"], label: Mapping[str, o
 
 def pool_rows(place: Place) -> Iterator[dict[str, Any]]:
     """Which share of a place's components could have been drawn."""
-    where = condition(component="all", form=place.name, way="component", at="all", over="components")
+    where = condition(component="all", form=place.name, way="component", at="all", over="place")
     reason = "" if place.pool else "no component is active often enough, and seldom enough, on both folds"
     share = place.pool / place.whole if place.whole else math.nan
     yield {
