@@ -1,6 +1,8 @@
-"""One line for each decomposition: a value at one place, with both of its intervals, beside the mean of its random controls."""
+"""One line for each decomposition: a value at one place, with its intervals, beside the mean of its random controls."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,28 @@ ROW = 0.155  # inches
 LEFT = 1.3  # inches for the labels
 
 
-def forest(found: Measurements, metric: str, at: str, units: str, label: str, text: str, zero: float | None = None) -> Figure:
+MARKS = ("selected, or a baseline", "mean of random controls")
+
+
+def forest(
+    found: Measurements,
+    metric: str,
+    at: str,
+    units: str,
+    label: str,
+    text: str,
+    zero: float | None = None,
+    marks: tuple[str, str] = MARKS,
+) -> Figure:
     """
     The metric at `at` of every entry, by group and then by size, 3.3 inches wide. Filled: what was selected; hollow: the mean of random
-    controls. Thin bar: over concepts; thick: over `units`. Dotted line at `zero`. Raises ValueError where there is nothing to draw.
+    controls (`marks` names both). Thick bar: over `units`; thin: over what the measurement is a mean of, where that is another. Dotted
+    line at `zero`. Raises ValueError where there is nothing to draw.
     """
-    own = found.of(metric, "concepts", at=at)
-    if own.empty:
+    widths = {over: width for over, width in {f"{found.each}s": 0.6, units: 1.8}.items() if not found.of(metric, over, at=at).empty}
+    if not widths:
         raise ValueError(f"nothing to draw: no {metric} at {at}")
+    own = found.of(metric, next(iter(widths)), at=at)
     entries = ordered(own)
     styles = looks(found)
     places, ticks, place, before = {}, [], 0.0, ""
@@ -37,7 +53,7 @@ def forest(found: Measurements, metric: str, at: str, units: str, label: str, te
         figure = canvas(1, 3.3, height)
         axes = figure.axes[0]
         for control in (True, False):
-            for over, width in (("concepts", 0.6), (units, 1.8)):
+            for over, width in widths.items():
                 table = found.of(metric, over, control, at)
                 for entry in [entry for entry in entries if entry in table.index]:
                     y = places[entry] + (0.28 if control else 0.0)
@@ -47,7 +63,7 @@ def forest(found: Measurements, metric: str, at: str, units: str, label: str, te
             axes.axvline(zero, color=GREY, linewidth=0.5, linestyle=":", zorder=1, gid="zero")
         axes.set_xlabel(label, fontsize=TEXT + 0.5, labelpad=2)
         axes.grid(False, axis="y")
-        finish(figure, height, [_legend(units)], text, LEFT)
+        finish(figure, height, [_legend(widths, marks)], text, LEFT)
     return figure
 
 
@@ -73,12 +89,10 @@ def _labels(axes: Axes, places: dict[tuple, float], titles: list[tuple[float, st
         axes.text(-0.03, place, title, transform=axes.get_yaxis_transform(), fontsize=TEXT, fontweight="bold", ha="right", va="center")
 
 
-def _legend(units: str) -> Entries:
+def _legend(widths: Mapping[str, float], names: tuple[str, str]) -> Entries:
     dark, light = "#333333", "#999999"
-    marks = [
-        (Line2D([], [], color=dark, marker="o", linestyle="none", markersize=3.6), "selected, or a baseline"),
-        (Line2D([], [], color=light, marker="o", linestyle="none", markersize=2.6, markerfacecolor="white"), "mean of random controls"),
-        (Line2D([], [], color=dark, linewidth=1.8), f"interval over {units}"),
-        (Line2D([], [], color=dark, linewidth=0.6), "over concepts"),
-    ]
-    return Entries("Marks", [mark for mark, _ in marks], [text for _, text in marks])
+    own = Line2D([], [], color=dark, marker="o", linestyle="none", markersize=3.6)
+    control = Line2D([], [], color=light, marker="o", linestyle="none", markersize=2.6, markerfacecolor="white")
+    bars = [Line2D([], [], color=dark, linewidth=width) for width in widths.values()]
+    texts = [f"interval over {over}" for over in widths]
+    return Entries("Marks", [own, control, *bars[::-1]], [*names, *texts[::-1]])

@@ -1,4 +1,4 @@
-"""Rows of measurements (NAME.parquet) as points over all concepts: mean over seeds, intervals, what they share, what is left out."""
+"""Rows of measurements (NAME.parquet) as points over all concepts (components, layers): mean over seeds, intervals, what is left out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ BASELINE = "baseline"
 TITLES = {"replacement": "Replacement", "autoencoding": "Autoencoding (sees y)", "floor": "Floors", BASELINE: "Baselines"}
 ENTRY = ["family", "kind", "trainable", "form"]
 BASELINE_MARKERS = "PX*<>8"
+SHOWN = ("component", "baseline")
+"""Ways that are drawn, beside those of random controls; of others there are rows alone."""
 COMMON = ("target", "target_hash", "dataset", "token_hash", "layers", "protocol")
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """A measurement's rows over all concepts, and what a caption says of them.
+    """A measurement's rows over all concepts (or whatever `each` names), and what a caption says of them.
 
     `data` has the columns of `ENTRY`, `control` (whether a row is of random components or directions), `over`, `at` (a factor or damage, or
     `chosen`), metric, mean, lo, hi and seeds.
@@ -32,6 +34,9 @@ class Measurements:
     data: pd.DataFrame
     facts: dict[str, str]
     left_out: list[str]
+    known: pd.DataFrame
+    """The entries that there are rows of, those without a value too, so that a family looks the same in every figure of an experiment."""
+    each: str = "concept"
 
     def of(self, metric: str, over: str, control: bool = False, at: str | None = None) -> pd.DataFrame:
         """The points of a metric, indexed by entry where one place is asked for."""
@@ -40,12 +45,16 @@ class Measurements:
         return data if at is None else data[data["at"] == at].set_index(ENTRY)
 
 
-def read(frame: pd.DataFrame, at: str) -> Measurements:
-    """From a measurement's frame; `at` is the key of the conditions that its curves go along. Raises ValueError with one line."""
+def read(frame: pd.DataFrame, at: str, each: str = "concept") -> Measurements:
+    """From a measurement's frame; `at` is the key of the conditions that its curves go along, `each` that of what they are a mean over.
+
+    Raises ValueError with one line.
+    """
     data = unfolded(tidy(frame))
-    whole = data[data["concept"] == "all"] if "concept" in data else data[:0]
+    whole = data[data[each] == "all"] if each in data else data[:0]
     if whole.empty:
-        raise ValueError("nothing over all concepts to draw: no concept could be measured")
+        raise ValueError(f"nothing over all {each}s to draw: no {each} could be measured")
+    whole = whole[whole["way"].isin(SHOWN) | whole["way"].str.startswith("random")]
     facts = {}
     for column in COMMON:
         values = sorted(set(map(str, whole[column])))
@@ -59,19 +68,19 @@ def read(frame: pd.DataFrame, at: str) -> Measurements:
     facts |= {f"n_{over}": str(int(count)) for over, count in counts.items()}
     facts["gates"] = " or ".join(sorted(set(whole["gates"])))
     facts["seeds"] = describe(points["seeds"].tolist()).removeprefix("95% document bootstrap, ")
-    measured = data[~data["concept"].isin(["all", ""]) & data["value"].notna() & (data["way"] != "")]
-    facts["concepts"] = ", ".join(dict.fromkeys(measured["concept"]))
-    reasons = data[
-        (data["concept"] != "all")
-        & data["value"].isna()
-        & (data["kind"] == BASELINE)
-        & (data.get("sort", "") != "")
-        & (data["reason"] != "")
-    ]
-    left_out = [
-        f"{concept}: {reason.removeprefix('left out: ')}" for concept, reason in zip(reasons["concept"], reasons["reason"], strict=True)
-    ]
-    return Measurements(points.dropna(subset=["mean"]), facts, list(dict.fromkeys(left_out)))
+    measured = data[~data[each].isin(["all", ""]) & data["value"].notna() & (data["way"] != "")]
+    facts[f"{each}s"] = ", ".join(dict.fromkeys(measured[each]))
+    known = points[ENTRY].drop_duplicates()
+    return Measurements(points.dropna(subset=["mean"]), facts, _left_out(data, whole, each), known, each)
+
+
+def _left_out(data: pd.DataFrame, whole: pd.DataFrame, each: str) -> list[str]:
+    """Concepts that could not be measured, and families of which nothing could be, with their reasons."""
+    missing = data[data["value"].isna() & (data["reason"] != "")]
+    of_concepts = missing[(missing[each] != "all") & (missing["kind"] == BASELINE) & (missing.get("sort", "") != "")]
+    nothing = missing[(missing[each] == "all") & ~missing["family"].isin(whole[whole["value"].notna()]["family"])]
+    named = [*zip(of_concepts[each], of_concepts["reason"], strict=True), *zip(nothing["family"], nothing["reason"], strict=True)]
+    return list(dict.fromkeys(f"{name}: {reason.removeprefix('left out: ')}" for name, reason in named))
 
 
 def group_of(kind: str, trainable: bool) -> str:
@@ -81,7 +90,7 @@ def group_of(kind: str, trainable: bool) -> str:
 
 def looks(found: Measurements) -> dict[tuple[str, str], Style]:
     """(family, kind) -> style: of families as in every figure, of baselines grey with markers of their own."""
-    known = found.data[ENTRY].drop_duplicates()
+    known = found.known
     made = styles(known[known["kind"] != BASELINE]) if (known["kind"] != BASELINE).any() else {}
     for place, family in enumerate(sorted(set(known[known["kind"] == BASELINE]["family"]))):
         marker = BASELINE_MARKERS[place % len(BASELINE_MARKERS)]

@@ -75,21 +75,95 @@ def _ablation_table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
     return summary(found, "ablation_on_at_damage", "ablation_gain", _at(found))
 
 
+RULE = (
+    "Rule of a few token literals made on fold A and scored on fold C as a detector of activity; half of the inactive positions are near "
+    "misses"
+)
+INTRUDER = "Share of intruders found among four contexts of one band of size, by cosine of TF-IDF of the words around"
+PURITY = "1 - H(token where active) / H(token at as many other positions); zero where activity has nothing to do with the token"
+CAUTION = "Proxies: they say how far contexts predict activity under a fixed local model, not what a person understands."
+DRAW = "Components drawn over strata of density by one rule for all. Hollow: random directions, each as dense as the component beside it"
+JACOBIAN = (
+    "Cosine of the Jacobians of the original and the replacement MLP by its input, mean over sampled positions and layers; gates and all "
+    "other inputs held. Hollow: the replacement's Jacobian at another position of the same row"
+)
+DIRECTIONS = ("drawn components", "random directions as dense")
+
+
+def _where(found: Measurements, units: str) -> str:
+    """The sentences of a caption about target, data and intervals."""
+    facts = found.facts
+    out = f" Left out: {'; '.join(found.left_out)}." if found.left_out else ""
+    return (
+        f"Target {facts['target']} ({facts['target_hash'][:8]}), layers {facts['layers']}; {facts['dataset']} "
+        f"(tokens {facts['token_hash'][:8]}). Gates clean. At most {facts.get(f'n_{units}', '0')} {units} an entry. "
+        f"Intervals: 95% bootstrap over {units}; {facts['seeds'].replace('document', 'that')}.{out}"
+    )
+
+
+def _interpretability(frame: pd.DataFrame) -> dict[str, Figure]:
+    found = read(frame, "at", "component")
+    same = f"{DRAW}. {CAUTION} {_where(found, 'components')}"
+    forests = (
+        ("rule_auroc", "AUROC of a small rule", RULE, 0.5),
+        ("intruder_words", "Intruders found", INTRUDER, 0.2),
+        ("purity_token", "Purity of the token", PURITY, 0.0),
+    )
+    made = {
+        key: forest(found, key, "all", "components", label, f"{text}. Dotted: chance. {same}", zero, DIRECTIONS)
+        for key, label, text, zero in forests
+        if not found.of(key, "components", at="all").empty
+    }
+    along = f"{RULE}, by quantile of the size of what is active. {same}"
+    axes = (Axis("at", "Quantile of size"), Axis("rule_auroc", "AUROC of a small rule"))
+    return made | {"rule_auroc_by_size": tracks(found, *axes, "components", along, controls=True)}
+
+
+def _jacobian(frame: pd.DataFrame) -> dict[str, Figure]:
+    found = read(frame, "at", "mlp")
+    marks = ("replacement", "its Jacobian of another position")
+    text = f"{JACOBIAN}. {_where(found, 'documents')}"
+    return {"jacobian_cosine": forest(found, "jacobian_cosine", "all", "documents", "Cosine of Jacobians", text, 0.0, marks)}
+
+
+def _autointerp(frame: pd.DataFrame) -> dict[str, Figure]:
+    found = read(frame, "at", "component")
+    text = (
+        "Balanced accuracy of a language model that tells active from inactive contexts by an explanation that another made from other "
+        "documents; half of the inactive ones are near misses (dotted: chance). Hollow: by the explanation of another component. Replies "
+        f"that cannot be read are missing, not wrong. Components drawn over strata of density. {_where(found, 'components')}"
+    )
+    marks = ("own explanation", "another component's")
+    return {
+        key: forest(found, key, "all", "components", label, text, 0.5, marks)
+        for key, label in (("autointerp_detection", "Detection"), ("autointerp_fuzzing", "Fuzzing"))
+        if not found.of(key, "components", at="all").empty
+    }
+
+
 DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {
     "controls": control_figures,
     "steering": _steering,
     "tails": tail_figures,
     "topic_ablation": _ablation,
+    "interpretability": _interpretability,
+    "jacobian": _jacobian,
+    "autointerp": _autointerp,
 }
 TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
     "controls": control_rows,
     "steering": _steering_table,
     "tails": tail_rows,
     "topic_ablation": _ablation_table,
+    "interpretability": lambda frame: summary(read(frame, "at", "component"), "rule_auroc", "rule_auroc_gain", "all", "components"),
+    "jacobian": lambda frame: summary(read(frame, "at", "mlp"), "jacobian_cosine", "jacobian_gain", "all", "documents"),
+    "autointerp": lambda frame: summary(
+        read(frame, "at", "component"), "autointerp_detection", "autointerp_detection_gain", "all", "components"
+    ),
 }
 
 
-CONCEPTS = "over all concepts; brackets: 95% over concepts; gain: above the mean of random controls"
+CONCEPTS = "over all that was measured; brackets: 95%; gain: above the mean of random controls"
 NOTES = {
     "controls": "brackets: 95%; tells: better than the control and the intervals apart; fooled: worse and apart; blind: not apart",
     "tails": "what lies beyond so many of a token's largest components, mean over sites",

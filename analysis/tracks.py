@@ -15,6 +15,8 @@ from .layout import TEXT, Entries, canvas, finish
 from .measured import TITLES, Measurements, group_of, label_of, looks
 from .style import Style, plain
 
+WHOLE = ("chosen", "all")
+"""Places that are no part of a grid."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 """Of the first, second and third form of a family."""
 
@@ -60,7 +62,7 @@ def _joined(found: Measurements, x: Axis, y: Axis, units: str) -> pd.DataFrame:
     """The places of the grid with x, y and their intervals; a place that is a number is x itself where x has no metric of its own."""
     keys = ["family", "kind", "trainable", "form", "control", "at"]
     every = pd.concat([found.of(y.metric, units, control) for control in (False, True)])
-    data = every[every["at"] != "chosen"].rename(columns={"mean": "y", "lo": "y_lo", "hi": "y_hi"})
+    data = every[~every["at"].isin(WHOLE)].rename(columns={"mean": "y", "lo": "y_lo", "hi": "y_hi"})
     data = data.assign(place=data["at"].astype(float))
     if x.metric == "at":
         return data.assign(x=data["place"], x_lo=np.nan, x_hi=np.nan)

@@ -237,4 +237,5 @@ def test_experiments_of_the_project_are_sound():
         for preset in found.config.presets:
             options = Options(preset=preset)
             assert script.settings(found, options) if found.config.script else experiment.configs(found, options)
-            assert len(experiment.measurements(found, options)) == len(found.config.measure)
+            wanted = {**found.config.measure, **found.config.presets[preset].get("measure", {})}
+            assert {one.name for one in experiment.measurements(found, options)} == set(wanted)
