@@ -68,9 +68,10 @@ def learning_rate(config: MethodConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     if config.schedule == "constant":
         return warm
-    start = config.decay_from * config.steps
-    done = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start)))
-    shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    start, quarter = config.decay_from * config.steps, config.schedule == "quarter_cosine"
+    done = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start - quarter)))
+    half = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    shape = math.cos(math.pi / 2 * done) if quarter else half
     return warm * (config.lr_end + (1 - config.lr_end) * shape)
 
 
