@@ -36,8 +36,9 @@ class MethodConfig(Config):
     """Micro-batches that a batch is split into; the gradient is that of the whole batch."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the decay: flat until `decay_from` of the run, then down to `lr_end` times the peak."""
+    schedule: Literal["constant", "linear", "cosine", "quarter_cosine"] = "linear"
+    """Shape of the decay: flat until `decay_from` of the run, then down to `lr_end` times the peak. cosine: half a wave; quarter_cosine: a
+    quarter, whose last step is taken at the end value."""
     decay_from: Annotated[float, Field(ge=0, le=1)] = 0.7
     lr_end: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = 20

@@ -183,7 +183,7 @@ def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume
         claim.run.update(status="training", error=None)
         claim.run.log(f"training{' resumed' if resume else ''}")
         if not resume:  # what an earlier attempt left behind is not this one's
-            for name in ("state", "checkpoint", "checkpoint_two_thirds"):
+            for name in ("state", "checkpoint", "checkpoint_two_thirds", "checkpoint_last_good"):
                 shutil.rmtree(claim.run.path / name, ignore_errors=True)
     config = claims[0].resolved.config.train
     watch = Stopwatch()

@@ -24,14 +24,16 @@ from decomp_bench.targets.base import TargetModel
 
 @dataclass
 class Replaced:
-    """What one pass gives: logits, the codes of every site that ran, and each replaced MLP's output by layer.
+    """What one pass gives: logits, the codes of every site that ran, each replaced MLP's output by layer, and what was read at points.
 
-    For a language model, codes and outputs start at position 1, since position 0 is kept; `clean_rows` trims clean activations alike.
+    For a language model, codes, outputs and inputs start at position 1, since position 0 is kept; `clean_rows` trims clean activations
+    alike.
     """
 
     logits: Tensor
     codes: Codes = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[Point, Tensor] = field(default_factory=dict)
 
 
 def clean_points(decomposer: Decomposer, layers: tuple[int, ...] | None = None) -> set[Point]:
@@ -102,7 +104,7 @@ def replaced(
     assert batch.x is not None
     with target.swapped(modules) if modules else nullcontext():
         logits = (forward or target)(batch.x)
-    return Replaced(logits, run.codes, run.outputs)
+    return Replaced(logits, run.codes, run.outputs, run.inputs)
 
 
 class _Pass:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic_core import to_jsonable_python
 
 from decomp_bench.config import DataConfig, MethodConfig, RunConfig, digest, parse, read_yaml
 from decomp_bench.errors import UserError
@@ -113,7 +114,7 @@ def resolve(config: RunConfig, target: TargetModel, source: Any, where: str = "c
 def _hashed(config: RunConfig, own: type[MethodConfig]) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     for key in own.younger:
-        if data["method_config"][key] == own.model_fields[key].default:
+        if data["method_config"][key] == to_jsonable_python(own.model_fields[key].default):
             del data["method_config"][key]
     del data["target"], data["data"]["source"]
     if config.imported is None:  # ids of trained runs are those from before there were imports

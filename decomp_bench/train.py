@@ -26,10 +26,11 @@ from decomp_bench.config import MethodConfig, TrainConfig
 from decomp_bench.data.sources import Source
 from decomp_bench.data.streams import ActivationStream, SequenceStream, iterate
 from decomp_bench.decomposer import Batch, Decomposer
+from decomp_bench.divergence import NORM, Watch, gradient_norm
 from decomp_bench.errors import UserError
 from decomp_bench.replacement import clean_points
 
-CHECKPOINT, SNAPSHOT, STATE = "checkpoint", "checkpoint_two_thirds", "state"
+CHECKPOINT, SNAPSHOT, STATE, LAST_GOOD = "checkpoint", "checkpoint_two_thirds", "state", "checkpoint_last_good"
 
 
 @dataclass
@@ -68,9 +69,10 @@ def learning_rate(config: MethodConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     if config.schedule == "constant":
         return warm
-    start = config.decay_from * config.steps
-    done = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start)))
-    shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    start, quarter = config.decay_from * config.steps, config.schedule == "quarter_cosine"
+    done = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start - quarter)))
+    half = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    shape = math.cos(math.pi / 2 * done) if quarter else half
     return warm * (config.lr_end + (1 - config.lr_end) * shape)
 
 
@@ -167,6 +169,7 @@ class Training:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self.device = device
         self._pending: list[dict[str, Tensor]] = []
+        self._watch, self._norms = Watch(), {}
         self._flops_a_step = 0.0
 
     @property
@@ -204,7 +207,7 @@ class Training:
             self._snapshot()
         if self.step == self.config.steps:
             self._finish()
-        elif self.step % self.train_config.save_every == 0:
+        elif self.step % self.train_config.save_every == 0 and not self._watch.suspicious:
             self.save_state()
 
     def _optimise(self, batch: Batch) -> None:
@@ -218,9 +221,9 @@ class Training:
                 terms = self.decomposer.loss(part, progress)
             total = torch.stack([term.float() for term in terms.values()]).sum()
             (total / self.config.accumulate).backward()
-        for group in self.optimiser.param_groups:
+        for i, group in enumerate(self.optimiser.param_groups):
             if group["clip"] is not None:
-                torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
+                self._norms[i] = torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
         self.optimiser.step()
         self.decomposer.after_step(progress)
         for parameter, rows in self.decomposer.restarted():
@@ -231,10 +234,13 @@ class Training:
 
     def _log(self) -> None:
         """Read the steps since the last line, all at once, and judge whether the run is still finite."""
+        assert self.optimiser is not None
         keys = dict.fromkeys(key for terms in self._pending for key in terms)  # a term need not be there at every step
         line = {key: float(torch.stack([terms[key] for terms in self._pending if key in terms]).float().mean()) for key in keys}
         line |= {key: float(value) for key, value in self.decomposer.step_statistics().items()}
         self._pending = []
+        for i, group in enumerate(self.optimiser.param_groups):  # of the last step, before clipping
+            line[f"{NORM}{i}"] = float(self._norms.get(i, gradient_norm(group["params"])))
         line |= {
             "step": self.step,
             "lr": self.config.lr * learning_rate(self.config, self.step - 1),
@@ -244,8 +250,19 @@ class Training:
         }
         self.last = line
         self.job.log(line)
-        if not math.isfinite(line["loss"]):
-            self.outcome.error = f"the loss was {line['loss']} at step {self.step}: lower method.lr or the penalty"
+        reason = self._watch.judge(line, [*(key for key in keys if key != "loss"), "loss"])
+        if reason:
+            self.outcome.error = reason + self._keep_last_good()
+
+    def _keep_last_good(self) -> str:
+        """Save the weights of the last resume state, which was taken while all was well, as a checkpoint; says so."""
+        if not self._state_file().is_file():
+            return ""
+        copy = clone(self.decomposer)
+        tensors = load_file(self._state_file(), device=str(self.device))
+        copy.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("weights/")})
+        copy.eval().save(self.job.folder / LAST_GOOD)
+        return f"; the last good weights are in {LAST_GOOD}"
 
     def _snapshot(self) -> None:
         copy = clone(self.decomposer)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decomp_bench.decomposer import Point, SiteCodes
+from decomp_bench.decomposer import Batch, Codes, Point
 
-from ._components import RoutedCodes
-from ._masks import interpolate
-from ._reconstruction import Rows, gathers
+from ._masks import interpolate, uniform_subset
+from ._reconstruction import Rows, divergence, placed
+
+if TYPE_CHECKING:
+    from .spd import SPD
 
 Scope = Literal["position", "row", "place", "shared"]
+Init = Literal["random", "ones", "zeros"]
 EPS = 1e-8
 
 
@@ -46,11 +51,12 @@ class Sources:
         self.count = 0
         """Ascents so far: Adam's bias correction."""
 
-    def start(self, generator: torch.Generator, device: torch.device) -> None:
-        """Uniform sources, without a past."""
+    def start(self, generator: torch.Generator, device: torch.device, init: Init = "random") -> None:
+        """Sources without a past: uniform ones, or all ones or zeros."""
         self.count = 0
         for name, shape in self.shapes.items():
-            self.value[name] = torch.rand(shape, generator=generator, device=device).to(self.dtype)
+            made = torch.rand(shape, generator=generator, device=device) if init == "random" else torch.zeros(shape, device=device)
+            self.value[name] = (made + 1 if init == "ones" else made).to(self.dtype)
             if not self.ascent.sign:
                 self.moments[name] = (torch.zeros_like(self.value[name]), torch.zeros_like(self.value[name]))
 
@@ -119,9 +125,95 @@ def at_rows(source: Float[Tensor, "B T n"], rows: Rows, shape: tuple[int, int], 
     return rows.of(source.expand(batch, places - first, source.shape[-1]))
 
 
-def adversarial(lower: Float[Tensor, "rows C"], source: Float[Tensor, "rows sources"], rows: Rows, delta: bool) -> SiteCodes:
-    """Codes of one site with masks g + (1 - g) r at every row that counts; their strength is a stand-in, as in `masked`."""
-    mask, remainder = interpolate(lower, source[:, :-1]), source[:, -1] if delta else None
-    if gathers(lower.device) and rows.index is not None:
-        return RoutedCodes(mask, mask, remainder, rows.index)
-    return SiteCodes(mask, mask, remainder)
+class Adversary:
+    """Sources of a decomposition in training, and what they remember from one step to the next."""
+
+    def __init__(self, spd: SPD) -> None:
+        config, target = spd.config, spd.target
+        self.persists = config.adversary == "persistent"
+        self.sources = Sources(
+            {site.name: site.n for site in spd.sites}, config.adversary_scope, config.batch, target.context if target.is_lm else 1,
+            Ascent(*config.adversary_betas, sign=not self.persists), getattr(torch, config.adversary_dtype),
+        )  # fmt: skip
+        self.leaves: dict[Point, Tensor] = {}
+        self.rate = 0.0
+
+    def error(self, spd: SPD, batch: Batch, rows: Rows, lower: dict[Point, Tensor], progress: float) -> Float[Tensor, ""]:
+        """The error under the adversary's masks, after its ascents on this batch."""
+        self.rate, config = self.rate_at(spd, progress), spd.config
+        if config.adversary_routing == "layerwise":
+            return torch.stack([self._climbed(spd, batch, rows, lower, self._alone(lower, name)) for name in lower]).mean()
+        routed = None
+        if config.adversary_routing == "subset":
+            routed = dict(zip(lower, uniform_subset(len(rows.weight), len(lower), spd.uniforms, rows.weight.device).T, strict=True))
+        return self._climbed(spd, batch, rows, lower, routed)
+
+    @staticmethod
+    def _alone(lower: dict[Point, Tensor], name: Point) -> dict[Point, Tensor]:
+        return {other: torch.full(g.shape[:1], other == name, device=g.device) for other, g in lower.items()}
+
+    def rate_at(self, spd: SPD, progress: float) -> float:
+        """Rate of an ascent: a linear rise, then constant; fresh sources need no rise."""
+        rise = spd.config.adversary_warmup if self.persists else 0.0
+        return spd.config.adversary_lr * (min(1.0, progress / rise) if rise else 1.0)
+
+    def _climbed(self, spd: SPD, batch: Batch, rows: Rows, lower: dict[Point, Tensor], routed: dict[Point, Tensor] | None) -> Tensor:
+        assert batch.x is not None
+        target, generator = spd.target, spd.uniforms.generator(spd.target.device)
+        if not self.sources.value or not self.persists:
+            self.sources.start(generator, target.device, spd.config.adversary_init)
+        self.sources.reach(batch.x.shape[1] if target.is_lm else 1, generator, target.device)
+        fixed = {name: g.detach() for name, g in lower.items()}
+        with _frozen(spd):
+            for _ in range(spd.config.adversary_steps):
+                leaves = self.sources.leaves()
+                error = divergence(spd, batch, rows, self._codes(spd, batch, rows, fixed, leaves, routed), spd.layers)
+                gradients = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+                found = zip(leaves, gradients, strict=True)
+                self.sources.ascend({name: gradient for name, gradient in found if gradient is not None}, self.rate)
+        self.leaves = self.sources.leaves() if self.persists else {}
+        sources = self.leaves or self.sources.value
+        return divergence(spd, batch, rows, self._codes(spd, batch, rows, lower, sources, routed), spd.layers)
+
+    def _codes(self, spd: SPD, batch: Batch, rows: Rows, lower: dict[Point, Tensor], sources: dict[Point, Tensor],
+               routed: dict[Point, Tensor] | None) -> Codes:
+        """Codes with masks g + (1 - g) r at every row that counts and is routed."""
+        assert batch.x is not None
+        shape, first = (len(batch.x), batch.x.shape[1] if spd.target.is_lm else 1), int(spd.target.keeps_first)
+        codes: Codes = {}
+        for name, g in lower.items():
+            source = at_rows(sources[name].to(g.dtype), rows, shape, first)
+            mask, remainder = interpolate(g, source[:, :-1]), source[:, -1] if spd.config.delta else None
+            codes[name] = placed(mask, remainder, rows, None if routed is None else routed[name])
+        return codes
+
+    def after_step(self, weight: float) -> None:
+        """Let persistent sources climb the gradient of the step's own pass, in which the error had this weight."""
+        gradients = {name: leaf.grad / weight for name, leaf in self.leaves.items() if leaf.grad is not None}
+        self.leaves = {}
+        if gradients:
+            self.sources.ascend(gradients, self.rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed training needs."""
+        kept = self.sources.state() if self.persists and self.sources.value else {}
+        return {f"adversary.{key}": value for key, value in kept.items()}
+
+    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Take back what `state` gave."""
+        kept = {key.removeprefix("adversary."): value for key, value in state.items() if key.startswith("adversary.")}
+        if kept:
+            self.sources.load(kept, device)
+
+
+@contextmanager
+def _frozen(spd: SPD) -> Iterator[None]:
+    """Components without gradients: the ascents need those of the sources alone."""
+    parameters = list(spd.parts.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from jaxtyping import Float, Int
@@ -72,6 +73,31 @@ def neuron_components(weight: Float[Tensor, "d_out d_in"], n: int, writes: bool,
             made.V[:, :kept] = (vectors / scale[:, None]).T
             made.U[:kept, :kept] = one_hot
     return made
+
+
+def aligned_components(weight: Float[Tensor, "d_out d_in"], n: int, generator: torch.Generator) -> Components:
+    """Random unit directions, of which each U_c is scaled by <u_c v_c^T, W> (SPD paper's initialisation, which no warm-up follows)."""
+    d_out, d_in = weight.shape
+    V, U = torch.randn(d_in, n, generator=generator), torch.randn(n, d_out, generator=generator)
+    return Components(*aligned(V, U, weight.detach().cpu().float()))
+
+
+def aligned(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_out d_in"]
+            ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
+    """Directions made unit ones, and each U_c as strong as its component is in W."""
+    V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
+    return V, U * ((V.T @ weight.T) * U).sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def tie(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> None:
+    """Where a matrix is the transpose of one before it, let its components lie in the memory of the other's, V in U and U in V.
+
+    Both stay parameters with gradients and moments of their own, so that an optimiser's step moves the memory twice, as in SPD's code.
+    """
+    for (one, first), (other, second) in combinations(components.items(), 2):
+        if first.n == second.n and weights[one].shape == weights[other].T.shape and torch.equal(weights[one], weights[other].T):
+            second.U.data, second.V.data = first.V.data.T, first.U.data.T
 
 
 def faithfulness(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> Float[Tensor, ""]:

@@ -27,7 +27,7 @@ from decomp_bench.errors import UserError
 if TYPE_CHECKING:
     from decomp_bench.targets import TargetModel
 
-    from .spd import SPDConfig
+    from ._spd_config import SPDConfig
 
 Gate = Literal["shared", "scalar", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer"]
 GLOBAL = ("global_shared_mlp", "global_shared_transformer")

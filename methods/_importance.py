@@ -110,3 +110,10 @@ def annealed(start: float, end: float | None, progress: float, begin: float, fin
         return start
     share = 1.0 if progress >= finish else (progress - begin) / (finish - begin)
     return start * (end / start) ** share if geometric else start + (end - start) * share
+
+
+def schatten(z: Float[Tensor, "rows C"], weight: Float[Tensor, " rows"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], p: float,
+             eps: float) -> Float[Tensor, ""]:
+    """L_p of the upper importances of one site, each component times its |V_c|^2 + |U_c|^2 (the penalty of SPD's paper code)."""
+    upper = torch.where(z > 1, 1 + LEAK * (z - 1), z.clamp(min=0))
+    return (weight @ (upper + eps).pow(p)) @ (V.square().sum(0) + U.square().sum(1))

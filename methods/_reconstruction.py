@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decomp_bench.decomposer import Batch, Codes, Decomposer, SiteCodes
+from decomp_bench.replacement import clean_rows
 
 from ._components import RoutedCodes
 from ._masks import Uniforms, interpolate
@@ -64,12 +65,30 @@ def masked(lower: Float[Tensor, "rows C"], rows: Rows, chosen: Bool[Tensor, " ro
 
     Their strength is a stand-in, which `encode` replaces by that of the masked pass.
     """
-    device, local = lower.device, None
-    if gathers(device) and (chosen is not None or rows.index is not None):
-        local = torch.arange(len(lower)) if chosen is None else chosen.nonzero().squeeze(1)
-        lower = lower if chosen is None else lower.index_select(0, local)
+    device, local = lower.device, _local(lower, rows, chosen)
+    lower = lower if local is None or chosen is None else lower.index_select(0, local)
     mask = interpolate(lower, uniforms.draw(*lower.shape, device=device))
     remainder = uniforms.draw(len(lower), device=device) if delta else None
+    return _codes(mask, remainder, rows, chosen, local)
+
+
+def placed(mask: Float[Tensor, "rows C"], remainder: Float[Tensor, " rows"] | None, rows: Rows, chosen: Bool[Tensor, " rows"] | None = None
+           ) -> SiteCodes:
+    """Codes of one site with given masks at the chosen rows, and elsewhere as in `masked`; `remainder` None: off at the chosen rows."""
+    local = _local(mask, rows, chosen)
+    if local is not None and chosen is not None:
+        mask, remainder = mask.index_select(0, local), None if remainder is None else remainder.index_select(0, local)
+    return _codes(mask, remainder, rows, chosen, local)
+
+
+def _local(value: Tensor, rows: Rows, chosen: Tensor | None) -> Tensor | None:
+    """Which rows are chosen, by index; None where masks are made for all."""
+    if not gathers(value.device) or (chosen is None and rows.index is None):
+        return None
+    return torch.arange(len(value)) if chosen is None else chosen.nonzero().squeeze(1)
+
+
+def _codes(mask: Tensor, remainder: Tensor | None, rows: Rows, chosen: Tensor | None, local: Tensor | None) -> SiteCodes:
     if local is not None:
         return RoutedCodes(mask, mask, remainder, local if rows.index is None else rows.index.index_select(0, local))
     if chosen is not None:
@@ -80,13 +99,18 @@ def masked(lower: Float[Tensor, "rows C"], rows: Rows, chosen: Bool[Tensor, " ro
 
 def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, layers: tuple[int, ...]) -> Float[Tensor, ""]:
     """KL(target || masked) on logits, or the mean squared error of a regression, over the rows, with these codes as gates."""
-    assert batch.x is not None
     assert batch.logits is not None
+    output = decomposer.replaced(batch, layers, gates=_whole(codes, batch, decomposer.target)).logits
     if not decomposer.target.is_lm:
-        return output_error(decomposer.replaced(batch, layers, gates=codes).logits, batch, decomposer.target)
-    whole = {name: value if isinstance(value, RoutedCodes) else _unflatten(value, len(batch.x)) for name, value in codes.items()}
-    output = decomposer.replaced(batch, layers, gates=whole).logits
+        return output_error(output, batch, decomposer.target)
     return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
+
+
+def reading_error(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, layers: tuple[int, ...]) -> Float[Tensor, ""]:
+    """Mean squared difference, over rows and entries of all masked maps together, between what they read in a masked and the clean pass."""
+    read = decomposer.replaced(batch, layers, gates=_whole(codes, batch, decomposer.target)).inputs
+    errors = [rows.of(read[name] - clean_rows(decomposer, batch.clean[name])).square() for name in codes]
+    return torch.stack([rows.weight @ error.sum(-1) for error in errors]).sum() / sum(error.shape[-1] for error in errors)
 
 
 def output_error(output: Tensor, batch: Batch, target: TargetModel) -> Float[Tensor, ""]:
@@ -96,6 +120,14 @@ def output_error(output: Tensor, batch: Batch, target: TargetModel) -> Float[Ten
         return (output - batch.logits).square().mean()
     rows = rows_of(batch, target)
     return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
+
+
+def _whole(codes: Codes, batch: Batch, target: TargetModel) -> Codes:
+    """Codes of rows as codes of a batch: a language model's are [sequences, positions, n], except where they name their rows."""
+    if not target.is_lm:
+        return codes
+    assert batch.x is not None
+    return {name: value if isinstance(value, RoutedCodes) else _unflatten(value, len(batch.x)) for name, value in codes.items()}
 
 
 def _unflatten(codes: SiteCodes, sequences: int) -> SiteCodes:

@@ -10,99 +10,40 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from decomp_bench.config import MethodConfig
 from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Point, Site, SiteCodes, Slot, layer_of
 from decomp_bench.errors import UserError
 from decomp_bench.replacement import clean_reads
 
-from ._components import Components, faithfulness, masked_map, neuron_components, random_components, strengths, warm_up
-from ._gates import EVERYWHERE, GLOBAL, Gate, gate_logits, global_gates, key_of, unit_gates
-from ._importance import Penalty, annealed, importances
-from ._masks import Uniforms, uniform_subset
-from ._reconstruction import Rows, divergence, masked, rows_of
+from ._adversary import Adversary
+from ._components import (
+    Components,
+    aligned_components,
+    faithfulness,
+    masked_map,
+    neuron_components,
+    random_components,
+    strengths,
+    tie,
+    warm_up,
+)
+from ._gates import EVERYWHERE, GLOBAL, gate_logits, global_gates, key_of, unit_gates
+from ._importance import Penalty, annealed, importances, schatten
+from ._masks import Uniforms
+from ._reconstruction import Rows, rows_of
+from ._spd_config import SPDConfig
+from ._spd_losses import STOCHASTIC, reconstructions
 
 if TYPE_CHECKING:
     from decomp_bench.targets import TargetModel
 
 SPARE = 1.125
 """Components for each neuron where the config gives no number: every neuron could be one, and some are left over."""
-
-
-class SPDConfig(MethodConfig):
-    """Training settings; importances and penalties are per position, losses are means over real positions."""
-
-    components: PositiveInt | dict[str, PositiveInt] | None = None
-    """Components of each matrix; None: 1.125 for each neuron of the MLP (of the residual stream for attention maps). A mapping, such as
-    {"*.mlp.up": 512, "0.attn.q": 64}, gives the number for each pattern of points, and only matrices that one matches are decomposed."""
-    attention: bool = False
-    """Decompose q, k, v and o too, where `components` is not a mapping."""
-    init: Literal["random", "neuron"] = "neuron"
-    """neuron: component c starts as neuron c of the MLP, so that W is matched exactly; attention maps always start at random."""
-    gate: Annotated[Gate, BeforeValidator(lambda name: "scalar" if name == "mlp" else name)] = "shared"
-    """shared: one MLP of what an MLP (attention) reads for all its components; scalar (`mlp`): a tiny MLP of each inner activation;
-    vector_mlp and shared_mlp: of a map's input, a tiny MLP for each component, or one for all of them; global_shared_mlp and
-    global_shared_transformer: one network of the inputs of all maps, so that gates need the clean pass."""
-    gate_hidden: tuple[PositiveInt, ...] | None = None
-    """Hidden widths of the gate networks; None: the width of the MLP for shared ones, 16 for scalar, 8 for vector_mlp, and 4 gate_width in
-    a transformer's blocks."""
-    gate_width: PositiveInt = 128
-    """Width of a transformer's stream."""
-    gate_blocks: PositiveInt = 2
-    gate_heads: PositiveInt = 4
-    gate_rope: PositiveFloat = 10_000.0
-    """Base of a transformer's rotary positions."""
-    gate_init: Literal["random", "neuron"] = "neuron"
-    """neuron: a shared gate's first hidden units start as the MLP's neurons, each opening its own components; for `init` neuron only."""
-    gate_bias: float = 0.2
-    """Initial bias of the logits: components start let through."""
-    gate_lr: PositiveFloat = 8e-3
-    gate_clip: PositiveFloat | None = 1.0
-    sigmoid: Literal["straight_through", "leaky"] = "straight_through"
-    """Lower importance: the main form, or the paper's, whose masks go slightly negative in training."""
-    threshold: NonNegativeFloat = 0.0
-    """Importances above it are active in an evaluation that asks for no sparsity of its own."""
-    importance: NonNegativeFloat = 2e-3
-    """Weight of importance minimality: the point on the curve."""
-    penalty: Literal["smooth_l0", "lp"] = "smooth_l0"
-    gamma: PositiveFloat = 1.0
-    gamma_end: PositiveFloat | None = 0.1
-    """Width of smooth L0, annealed geometrically."""
-    p: PositiveFloat = 2.0
-    p_end: PositiveFloat | None = None
-    """Exponent of L_p, annealed linearly."""
-    p_eps: NonNegativeFloat = 1e-12
-    anneal_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-    anneal_to: Annotated[float, Field(gt=0, le=1)] = 1.0
-    beta: NonNegativeFloat = 0.0
-    """Weight of the frequency term inside importance minimality."""
-    faithfulness: NonNegativeFloat = 1e4
-    stochastic: NonNegativeFloat = 0.0
-    """Weight of reconstruction with every map masked at once."""
-    layerwise: NonNegativeFloat = 0.0
-    """Weight of reconstruction with one map masked at a time."""
-    subset: NonNegativeFloat = 1.0
-    """Weight of reconstruction with a random subset of maps masked, drawn for each position."""
-    samples: PositiveInt = 1
-    """Mask draws behind each reconstruction term."""
-    delta: bool = True
-    """Let the remainder W - VU through by a random amount in masked passes."""
-    warmup_faith: NonNegativeInt = 200
-    """Steps of faithfulness alone before training; skipped where the initial components already sum to W."""
-    warmup_faith_lr: PositiveFloat = 1e-2
-    warmup_faith_decay: NonNegativeFloat = 0.0
-    steps: NonNegativeInt = 600
-    batch: PositiveInt = 2
-    lr: PositiveFloat = 4e-3
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    decay_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-    lr_end: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class SPD(Decomposer):
@@ -123,7 +64,13 @@ class SPD(Decomposer):
             "gate_hidden": (550,), "penalty": "lp", "p_end": 0.3, "beta": 0.1, "importance": 1e-3, "faithfulness": 1e6,
             "warmup_faith": 200, "warmup_faith_lr": 1e-3,
         },
-    }
+        "paper_form": {  # the paper's method and its settings for TMS 5-2
+            "steps": 40_000, "batch": 4096, "lr": 1e-3, "gate_lr": 1e-3, "schedule": "quarter_cosine", "lr_end": 0.0, "warmup": 0,
+            "clip": None, "gate_clip": None, "init": "aligned", "tied": True, "components": 20, "gate": "scalar", "gate_hidden": (16,),
+            "gate_bias": 0.0, "sigmoid": "leaky", "delta": False, "penalty": "lp", "p": 1.0, "importance": 3e-3, "faithfulness": 1.0,
+            "stochastic": 1.0, "layerwise": 1.0, "subset": 0.0, "warmup_faith": 0,
+        },
+    }  # fmt: skip
 
     config: SPDConfig
 
@@ -152,7 +99,13 @@ class SPD(Decomposer):
         if config.gate in GLOBAL:
             self.gates[EVERYWHERE] = global_gates(config, target, self.sites, generator)
         self.uniforms = Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
+        self._tie()
+        self.adversary = Adversary(self)
         self._statistics: dict[str, Tensor] = {}
+
+    def _tie(self) -> None:
+        if self.config.tied:
+            tie(self.components, self.weights)
 
     def _decomposes(self, point: Point) -> bool:
         return not isinstance(self.config.components, dict) or bool(_matches(point, self.config.components))
@@ -182,6 +135,8 @@ class SPD(Decomposer):
         n = counts[_matches(point, counts)[0]] if isinstance(counts, dict) else counts or round(SPARE * base)
         if config.init == "neuron" and is_mlp:
             return neuron_components(weight, n, writes, generator)
+        if config.init == "aligned":
+            return aligned_components(weight, n, generator)
         return random_components(weight, n, generator)
 
     @property
@@ -236,24 +191,34 @@ class SPD(Decomposer):
         rows = rows_of(batch, self.target)
         penalty, straight = self._penalty(progress), config.sigmoid == "straight_through"
         lower, minimality, frequency = {}, [], {}
-        for name, z in self._clean_logits(batch, rows).items():
+        logits = self._clean_logits(batch, rows)
+        for name, z in logits.items():
             lower[name], cost, frequency[name] = importances(z, rows.weight, rows.count, penalty, straight)
             minimality.append(cost)
         faith = faithfulness(self.components, self.weights)
         terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum()}
+        if config.schatten:
+            terms["schatten"] = config.schatten * self._schatten(logits, rows, progress)
         terms |= self._reconstructions(batch, rows, lower, progress)
         self._statistics |= {"l0": _l0(frequency) / len(self.layers), "faith": faith.detach()}
         return terms
 
     def _reconstructions(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor], progress: float) -> dict[str, Tensor]:
         """The weighted terms that compare masked passes with the target."""
-        terms = {}
-        for name in ("stochastic", "layerwise", "subset"):
-            if weight := getattr(self.config, name):
-                error = getattr(self, f"_{name}")(batch, rows, lower)
-                terms[name] = weight * error
-                self._statistics["kl" if self.target.is_lm else "mse"] = error.detach()
-        return terms
+        config, unit = self.config, "kl" if self.target.is_lm else "mse"
+        errors = reconstructions(self, batch, rows, lower)
+        for error in [errors[name] for name in STOCHASTIC if name in errors]:
+            self._statistics[unit] = error.detach()
+        if config.adversarial:
+            errors["adversarial"] = self.adversary.error(self, batch, rows, lower, progress)
+            self._statistics[f"adversarial_{unit}"] = errors["adversarial"].detach()
+        return {name: getattr(config, name) * error for name, error in errors.items()}
+
+    def _schatten(self, logits: dict[Point, Tensor], rows: Rows, progress: float) -> Tensor:
+        config, parts = self.config, self.components
+        p = annealed(config.p, config.p_end, progress, config.anneal_from, config.anneal_to)
+        found = [schatten(z, rows.weight, parts[name].V, parts[name].U, p, config.p_eps) for name, z in logits.items()]
+        return torch.stack(found).sum()
 
     def _clean(self, batch: Batch, rows: Rows, point: Point) -> Float[Tensor, "rows d"]:
         value = batch.clean[point]
@@ -276,35 +241,6 @@ class SPD(Decomposer):
         value = annealed(start, end, progress, config.anneal_from, config.anneal_to, geometric=smooth)
         return Penalty(config.penalty, value, config.beta, config.p_eps)
 
-    # ---- masked passes
-
-    def _draw(self, lower: dict[Point, Tensor], rows: Rows, routed: Tensor | None, only: Point | None = None) -> Codes:
-        """Masked codes of one draw: stochastic where a map is routed at a position, the target's own map elsewhere."""
-        codes: Codes = {}
-        for place, (name, g) in enumerate(lower.items()):
-            chosen = None if routed is None else routed[:, place]
-            if only is not None and name != only:
-                chosen = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-            codes[name] = masked(g, rows, chosen, self.uniforms, self.config.delta)
-        return codes
-
-    def _stochastic(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
-        draws = [divergence(self, batch, rows, self._draw(lower, rows, None), self.layers) for _ in range(self.config.samples)]
-        return torch.stack(draws).mean()
-
-    def _layerwise(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
-        draws = [divergence(self, batch, rows, self._draw(lower, rows, None, name), (layer_of(name),))
-                 for name in lower for _ in range(self.config.samples)]
-        return torch.stack(draws).mean()
-
-    def _subset(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor]) -> Tensor:
-        device = rows.weight.device
-        draws = []
-        for _ in range(self.config.samples):
-            routed = uniform_subset(len(rows.weight), len(lower), self.uniforms, device)
-            draws.append(divergence(self, batch, rows, self._draw(lower, rows, routed), self.layers))
-        return torch.stack(draws).mean()
-
     # ---- training hooks
 
     def before_training(self, data: Iterator[Batch]) -> None:
@@ -323,16 +259,21 @@ class SPD(Decomposer):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         config = self.config
+        self._tie()  # moving to a device parted what lay in one memory
         return [
             {"params": list(self.parts.parameters()), "lr": config.lr, "clip": config.clip},
             {"params": list(self.gates.parameters()), "lr": config.gate_lr, "clip": config.gate_clip},
         ]
 
+    def after_step(self, progress: float) -> None:
+        self.adversary.after_step(self.config.adversarial)
+
     def train_state(self) -> dict[str, Tensor]:
-        return {"generator": self.uniforms.state(self.target.device)}
+        return {"generator": self.uniforms.state(self.target.device), **self.adversary.state()}
 
     def load_train_state(self, state: dict[str, Tensor]) -> None:
         self.uniforms.load(state["generator"], self.target.device)
+        self.adversary.load(state, self.target.device)
 
     def step_statistics(self) -> dict[str, Tensor]:
         return self._statistics

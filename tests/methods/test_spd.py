@@ -119,12 +119,12 @@ def test_chosen_rows_and_weights_of_all_rows_agree(lm, monkeypatch):
     assert batch.length.unique().numel() > 1
     chosen = spd.loss(batch, 0.5)
     monkeypatch.setattr("decomp_bench.methods._reconstruction.gathers", lambda _device: False)
-    monkeypatch.setattr("decomp_bench.methods.spd.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
+    monkeypatch.setattr("decomp_bench.methods._spd_losses.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
     whole = spd.loss(batch, 0.5)
     assert torch.allclose(chosen["importance"], whole["importance"])
     spd.uniforms = Uniforms(spd.uniforms.seed)
     monkeypatch.undo()
-    monkeypatch.setattr("decomp_bench.methods.spd.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
+    monkeypatch.setattr("decomp_bench.methods._spd_losses.uniform_subset", lambda n, maps, *_: torch.ones(n, maps, dtype=torch.bool))
     assert torch.allclose(spd.loss(batch, 0.5)["subset"], whole["subset"], rtol=1e-5)
 
 

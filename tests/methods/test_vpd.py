@@ -66,13 +66,13 @@ def parameters(made, golden: Golden, prefix: str) -> dict[torch.Tensor, torch.Te
     return found | {golden[f"{prefix}ci.blocks.0.attn.{name}_proj.weight"]: getattr(block, name).weight for name in "qkvo"}
 
 
-def draws(made, golden: Golden) -> None:
+def draws(made, golden: Golden, monkeypatch) -> None:
     """Let our random masks, routing and first sources be the recorded ones."""
     from decomp_bench.methods._components import RoutedCodes
     from decomp_bench.methods._masks import interpolate
     from decomp_bench.methods._reconstruction import gathers
 
-    def draw(lower, rows, _routed, _only=None):
+    def draw(_spd, _mask, _rows, lower, _chosen):
         codes = {}
         for site, g in lower.items():
             name = SITES[site]
@@ -82,24 +82,24 @@ def draws(made, golden: Golden) -> None:
             codes[site] = RoutedCodes(mask, mask, golden[f"draw.stoch.delta.{name}"].flatten()[chosen], chosen)
         return codes
 
-    made._draw = draw
-    made.sources.start(torch.Generator(), torch.device("cpu"))
+    monkeypatch.setattr("decomp_bench.methods._spd_losses._codes", draw)
+    made.adversary.sources.start(torch.Generator(), torch.device("cpu"))
     for site, name in SITES.items():
-        made.sources.value[site].copy_(golden[f"draw.ppgd_init.{name}"])
+        made.adversary.sources.value[site].copy_(golden[f"draw.ppgd_init.{name}"])
 
 
-def test_the_recorded_step_is_taken():
+def test_the_recorded_step_is_taken(monkeypatch):
     """Losses, gradients, sources with their moments after each ascent, clipping, and the weights after the step."""
     golden, made, batch = recorded()
-    draws(made, golden)
+    draws(made, golden, monkeypatch)
     seen = []
-    climb = made.sources.ascend
+    climb = made.adversary.sources.ascend
 
     def ascend(gradients, rate):
         climb(gradients, rate)
-        seen.append((gradients, rate, {k: v.clone() for k, v in made.sources.value.items()}))
+        seen.append((gradients, rate, {k: v.clone() for k, v in made.adversary.sources.value.items()}))
 
-    made.sources.ascend = ascend
+    made.adversary.sources.ascend = ascend
     step = golden.about["step"]
     progress = step / made.config.steps
     optimiser = torch.optim.AdamW(made.parameter_groups(), weight_decay=0.0)
@@ -113,7 +113,7 @@ def test_the_recorded_step_is_taken():
         for (expected, _), gradient in zip(wanted.items(), found, strict=True):
             gradient = torch.zeros_like(expected) if gradient is None else gradient / golden.about[f"coeff_{weight}"]
             assert float((gradient - expected).abs().max()) <= 3e-5 * max(float(expected.abs().max()), 1e-8), theirs
-    for leaf in made._leaves.values():
+    for leaf in made.adversary.leaves.values():
         leaf.grad = None
     sum(terms.values()).backward()
     components = list(made.parts.parameters())
@@ -136,7 +136,7 @@ def test_the_recorded_step_is_taken():
             assert float((gradients[site] - expected).abs().max()) <= 3e-5 * float(expected.abs().max())
             assert torch.allclose(sources[site], golden[f"out.ppgd.{moment}.sources.{name}"], atol=1e-5)
     for site, name in SITES.items():
-        for mine, part in zip(made.sources.moments[site], "mv", strict=True):
+        for mine, part in zip(made.adversary.sources.moments[site], "mv", strict=True):
             expected = golden[f"out.ppgd.after_external_step.adam_{part}.{name}"]
             assert float((mine - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
@@ -148,7 +148,7 @@ def test_the_schedules_of_p_and_of_the_adversary():
         assert made._penalty(step / golden.about["total"]).value == pytest.approx(p)
     rise = golden["out.cosine.final1.0.warmup0.25"].tolist()  # 10 steps: int(2.5) of them rise
     made.config = made.config.model_copy(update={"adversary_lr": golden.about["start"], "adversary_warmup": 0.2})
-    found = [made.adversary_rate(step / golden.about["total"]) for step in golden["in.steps"].tolist()]
+    found = [made.adversary.rate_at(made, step / golden.about["total"]) for step in golden["in.steps"].tolist()]
     assert found == pytest.approx(rise)
 
 
@@ -165,10 +165,10 @@ def test_masks_that_climb_are_worse_than_random_ones(lm, scope, adversary):
     errors = []
     for steps in (0, 12):
         made.config = made.config.model_copy(update={"adversary_steps": steps})
-        made.sources.value = {}
+        made.adversary.sources.value = {}
         errors.append(float(made.loss(batch, 0.5)["adversarial"].detach()))
     assert errors[1] > 1.2 * errors[0]
-    for value in made.sources.value.values():
+    for value in made.adversary.sources.value.values():
         assert 0 <= float(value.min()) <= float(value.max()) <= 1
         assert value.shape[:2] == (2 if scope in ("position", "row") else 1, target.context if scope in ("position", "place") else 1)
     assert all(parameter.requires_grad for parameter in made.parts.parameters())
@@ -201,21 +201,21 @@ def test_a_killed_training_goes_on_with_the_same_adversary(lm, dtype, tmp_path):
     train([Job(resumed, tmp_path / "cut")], source, TrainConfig(save_every=4), resume=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    assert all(torch.equal(value, resumed.sources.value[name]) for name, value in whole.sources.value.items())
-    assert next(iter(resumed.sources.value.values())).dtype == getattr(torch, dtype)
+    assert all(torch.equal(value, resumed.adversary.sources.value[name]) for name, value in whole.adversary.sources.value.items())
+    assert next(iter(resumed.adversary.sources.value.values())).dtype == getattr(torch, dtype)
 
 
 def test_a_longer_row_than_any_before_gets_sources(lm):
     target, _ = lm
     made = make(target, **SMALL)
     generator, device = torch.Generator(), torch.device("cpu")
-    made.sources.start(generator, device)
-    before = {name: value.clone() for name, value in made.sources.value.items()}
-    made.sources.reach(target.context + 3, generator, device)
-    for name, value in made.sources.value.items():
+    made.adversary.sources.start(generator, device)
+    before = {name: value.clone() for name, value in made.adversary.sources.value.items()}
+    made.adversary.sources.reach(target.context + 3, generator, device)
+    for name, value in made.adversary.sources.value.items():
         assert value.shape[1] == target.context + 3
         assert torch.equal(value[:, :-3], before[name])
-        assert made.sources.moments[name][0].shape == value.shape
+        assert made.adversary.sources.moments[name][0].shape == value.shape
 
 
 def test_persistent_sources_are_of_whole_batches(lm):

@@ -1,0 +1,101 @@
+"""SPD's reconstruction losses: which masks, and which maps they are put on at once.
+
+| loss | masks | maps |
+|---|---|---|
+| `stochastic`, `layerwise`, `subset` | g + (1 - g) r with uniform r, and of the remainder r | all, one at a time, a random subset |
+| `ci_masked`, `ci_layerwise`, `ci_subset` | g, without the remainder | all, one at a time, a random subset |
+| `unmasked` | one, without the remainder | all |
+
+Every map that is not masked is the target's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decomp_bench.decomposer import Batch, Codes, Point, SiteCodes, layer_of
+
+from ._masks import uniform_subset
+from ._reconstruction import Rows, divergence, masked, placed, reading_error
+
+if TYPE_CHECKING:
+    from .spd import SPD
+
+Lower = dict[Point, Tensor]
+Mask = Callable[["SPD", Tensor, Rows, "Tensor | None"], SiteCodes]
+"""Codes of one site from its lower importances, at the chosen rows (None: all)."""
+
+
+def at_random(spd: SPD, g: Float[Tensor, "rows C"], rows: Rows, chosen: Tensor | None) -> SiteCodes:
+    """Masks between the importance and one."""
+    return masked(g, rows, chosen, spd.uniforms, spd.config.delta)
+
+
+def importance(_spd: SPD, g: Float[Tensor, "rows C"], rows: Rows, chosen: Tensor | None) -> SiteCodes:
+    """The importances as masks."""
+    return placed(g, None, rows, chosen)
+
+
+def everything(_spd: SPD, g: Float[Tensor, "rows C"], rows: Rows, chosen: Tensor | None) -> SiteCodes:
+    """Masks of one."""
+    return placed(torch.ones_like(g), None, rows, chosen)
+
+
+def _codes(spd: SPD, mask: Mask, rows: Rows, lower: Lower, chosen: Callable[[int, Point], Tensor | None] = lambda _place, _name: None
+           ) -> Codes:
+    return {name: mask(spd, g, rows, chosen(place, name)) for place, (name, g) in enumerate(lower.items())}
+
+
+def all_at_once(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -> Float[Tensor, ""]:
+    """The error with every map masked, mean over draws."""
+    draws = [divergence(spd, batch, rows, _codes(spd, mask, rows, lower), spd.layers) for _ in range(_draws(spd, mask))]
+    return torch.stack(draws).mean()
+
+
+def one_at_a_time(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -> Float[Tensor, ""]:
+    """The error with one map masked, mean over maps and draws."""
+    none = torch.zeros(len(rows.weight), dtype=torch.bool, device=rows.weight.device)
+    draws = [
+        divergence(spd, batch, rows, _codes(spd, mask, rows, lower, lambda _, other, name=name: None if other == name else none),
+                   (layer_of(name),))
+        for name in lower for _ in range(_draws(spd, mask))
+    ]  # fmt: skip
+    return torch.stack(draws).mean()
+
+
+def some_at_once(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -> Float[Tensor, ""]:
+    """The error with a random subset of the maps masked, drawn for each row, mean over draws."""
+    draws = []
+    for _ in range(spd.config.samples):
+        routed = uniform_subset(len(rows.weight), len(lower), spd.uniforms, rows.weight.device)
+        codes = _codes(spd, mask, rows, lower, lambda place, _, routed=routed: routed[:, place])
+        draws.append(divergence(spd, batch, rows, codes, spd.layers))
+    return torch.stack(draws).mean()
+
+
+def _draws(spd: SPD, mask: Mask) -> int:
+    return spd.config.samples if mask is at_random else 1
+
+
+STOCHASTIC = {"stochastic": all_at_once, "layerwise": one_at_a_time, "subset": some_at_once}
+GIVEN = {
+    "ci_masked": (all_at_once, importance),
+    "ci_layerwise": (one_at_a_time, importance),
+    "ci_subset": (some_at_once, importance),
+    "unmasked": (all_at_once, everything),
+}
+
+
+def reconstructions(spd: SPD, batch: Batch, rows: Rows, lower: Lower) -> dict[str, Tensor]:
+    """Every term that has a weight, unweighted: the stochastic ones first."""
+    chosen = {name: (error, at_random) for name, error in STOCHASTIC.items()} | GIVEN
+    found = {name: error(spd, batch, rows, lower, mask) for name, (error, mask) in chosen.items() if getattr(spd.config, name)}
+    if spd.config.hidden:
+        draws = [reading_error(spd, batch, rows, _codes(spd, at_random, rows, lower), spd.layers) for _ in range(spd.config.samples)]
+        found["hidden"] = torch.stack(draws).mean()
+    return found
