@@ -9,6 +9,7 @@ import pandas as pd
 from .grid import Drawing, protocol_grid
 from .pareto import paretos
 from .points import PROTOCOLS, View
+from .recovery import recovery
 
 AXES = ("l0_module", "l0_mlp", "active_params")
 """A component's count per matrix, per MLP, and in scalars: the order of methods depends on which is taken."""
@@ -22,4 +23,4 @@ def sweeps(frame: pd.DataFrame) -> Drawing:
     return Drawing(paretos(frame, View(protocols=there), xs=wanted[0], ys=wanted[1], sweeps="all"), {})
 
 
-DRAWINGS: dict[str, Callable[[pd.DataFrame], Drawing]] = {"protocol_grid": protocol_grid, "sweeps": sweeps}
+DRAWINGS: dict[str, Callable[[pd.DataFrame], Drawing]] = {"protocol_grid": protocol_grid, "recovery": recovery, "sweeps": sweeps}
