@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decomp_bench.decomposer import Batch, Codes, Decomposer, SiteCodes
+from decomp_bench.decomposer import Batch, Codes, Decomposer, Point, SiteCodes
 from decomp_bench.replacement import clean_rows
 
 from ._components import RoutedCodes
@@ -29,7 +29,7 @@ class Rows:
     """The positions that are trained on: their indices among the replaced ones (None: all), and the weights of their mean.
 
     `place` are their indices among all positions, those that are never replaced included; None: all positions, whose weights
-    `place_weight` then are, 0 where a position does not count.
+    `place_weight` then are, 0 where a position does not count. `even` is False for a toy's rows that stand for different numbers of them.
     """
 
     index: Tensor | None
@@ -37,6 +37,7 @@ class Rows:
     count: float | Tensor
     place: Tensor | None = None
     place_weight: Float[Tensor, " places"] | None = None
+    even: bool = True
 
     def of(self, value: Float[Tensor, "*rows d"]) -> Float[Tensor, "rows d"]:
         """The rows of a value at all replaced positions."""
@@ -58,6 +59,27 @@ def rows_of(batch: Batch, target: TargetModel) -> Rows:
     index, place = replaced.nonzero().squeeze(1), real.flatten().nonzero().squeeze(1)
     weight = torch.full((len(index),), 1 / len(index))
     return Rows(index, weight, count.float(), place, weight)
+
+
+def collapsed(batch: Batch, target: TargetModel, points: set[Point]) -> tuple[Batch, Rows]:
+    """A toy's batch with all rows on which nothing is read at these points taken together as one, weighted by their number.
+
+    Exact: no mask has an effect on them. A batch of a language model, or with fewer than two such rows, stays whole.
+    """
+    rows = rows_of(batch, target)
+    assert batch.x is not None
+    assert batch.logits is not None
+    if target.is_lm:
+        return batch, rows
+    silent = torch.stack([(batch.clean[point] == 0).all(1) for point in points]).all(0)
+    if int(silent.sum()) < 2:
+        return batch, rows
+    kept = torch.cat([(~silent).nonzero().flatten(), silent.nonzero()[0]])
+    weight = torch.full((len(kept),), 1 / len(silent), device=kept.device)
+    weight[-1] = silent.float().mean()
+    clean = {point: value[kept] for point, value in batch.clean.items()}
+    fewer = Batch(batch.x[kept], None, None if batch.doc is None else batch.doc[kept], clean, batch.logits[kept])
+    return fewer, Rows(None, weight, rows.count, even=False)
 
 
 def masked(lower: Float[Tensor, "rows C"], rows: Rows, chosen: Bool[Tensor, " rows"] | None, uniforms: Uniforms, delta: bool) -> SiteCodes:
@@ -102,7 +124,7 @@ def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, l
     assert batch.logits is not None
     output = decomposer.replaced(batch, layers, gates=_whole(codes, batch, decomposer.target)).logits
     if not decomposer.target.is_lm:
-        return output_error(output, batch, decomposer.target)
+        return output_error(output, batch, decomposer.target) if rows.even else rows.weight @ (output - batch.logits).square().mean(1)
     return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]
 
 

@@ -15,7 +15,7 @@ ADVERSARY = (
     "adversarial", "adversary", "adversary_scope", "adversary_steps", "adversary_lr", "adversary_warmup", "adversary_betas",
     "adversary_dtype",
 )  # fmt: skip
-ADDED = ("tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init")
+ADDED = ("tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse")
 
 
 class SPDConfig(MethodConfig):
@@ -112,6 +112,9 @@ class SPDConfig(MethodConfig):
     adversary_betas: tuple[float, float] = (0.5, 0.99)
     adversary_dtype: Literal["float32", "bfloat16"] = "float32"
     """What persistent sources and their moments are held in: for the published Pile run of VPD they take 15 GB in float32."""
+    collapse: bool = False
+    """Compute a toy's rows without input once, weighted by their number: exact where all maps read zero there, and up to four times as
+    fast on sparse features. Language models are left as they are."""
     warmup_faith: NonNegativeInt = 200
     """Steps of faithfulness alone before training; skipped where the initial components already sum to W."""
     warmup_faith_lr: PositiveFloat = 1e-2
@@ -129,4 +132,6 @@ class SPDConfig(MethodConfig):
             raise ValueError("accumulate: persistent sources climb the gradient of a whole batch; set accumulate=1, or adversary=fresh")
         if self.adversary == "persistent" and self.adversary_routing == "layerwise":
             raise ValueError("adversary_routing: one map at a time has no sources to keep; set adversary=fresh, or all or subset")
+        if self.adversary == "persistent" and self.adversarial and self.collapse:
+            raise ValueError("collapse: persistent sources belong to the rows of a whole batch; set collapse=false, or adversary=fresh")
         return self

@@ -35,7 +35,7 @@ from ._components import (
 from ._gates import EVERYWHERE, GLOBAL, gate_logits, global_gates, key_of, unit_gates
 from ._importance import Penalty, annealed, importances, schatten
 from ._masks import Uniforms
-from ._reconstruction import Rows, rows_of
+from ._reconstruction import Rows, collapsed, rows_of
 from ._spd_config import SPDConfig
 from ._spd_losses import STOCHASTIC, reconstructions
 
@@ -188,7 +188,7 @@ class SPD(Decomposer):
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         config = self.config
-        rows = rows_of(batch, self.target)
+        batch, rows = collapsed(batch, self.target, self.points()) if config.collapse else (batch, rows_of(batch, self.target))
         penalty, straight = self._penalty(progress), config.sigmoid == "straight_through"
         lower, minimality, frequency = {}, [], {}
         logits = self._clean_logits(batch, rows)

@@ -9,10 +9,10 @@ from decomp_bench import data, registry
 from decomp_bench.config import DataConfig, TrainConfig, parse
 from decomp_bench.data.streams import SequenceStream
 from decomp_bench.decomposer import Slot
+from decomp_bench.methods.apd import APD, APDConfig
 from decomp_bench.recovery import _matrix_part, _part, recovered
 from decomp_bench.replacement import clean_points, clean_reads, replaced
 from decomp_bench.train import Job, train
-from methods.apd import APD, APDConfig
 from tests.targets.test_toys import recorded
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
-from decomp_bench.data.streams import with_clean
+from decomp_bench import data
+from decomp_bench.config import DataConfig
+from decomp_bench.data.streams import SequenceStream, with_clean
 from decomp_bench.methods._masks import Uniforms
+from decomp_bench.methods._reconstruction import collapsed
 from decomp_bench.methods.spd import SPD, SPDConfig
 from decomp_bench.replacement import clean_codes, clean_points, clean_rows
+from tests.targets.test_toys import recorded
 
 CPU = torch.device("cpu")
 
@@ -205,3 +210,26 @@ def test_gates_that_start_at_neurons_open_the_neurons_own_components(lm):
         assert gate[strong].mean() > 1.5 * gate[~strong].mean()
     without = small(target, components=None, init="neuron", gate_hidden=None, gate_init="random")
     assert not torch.equal(without.gates["1_mlp"].hidden[0].weight, spd.gates["1_mlp"].hidden[0].weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_without_input_may_be_taken_together(bias):
+    """With masks that are not drawn, loss and gradients are those of all rows; where a map reads something on such rows, they stay."""
+    target = recorded(4)
+    if bias:
+        target.part("0.mlp.up").bias = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    source = data.source(target, DataConfig())
+    found = []
+    for collapse in (False, True):
+        config = SPDConfig(
+            components=7, init="random", gate="scalar", importance=0.1, subset=0.0, unmasked=1.0, ci_masked=1.0, delta=False,
+            collapse=collapse,
+        )  # fmt: skip
+        decomposer = SPD(config, target, (0,))
+        batch = SequenceStream(source, clean_points(decomposer), 256).batch(0)
+        torch.stack(list(decomposer.loss(batch, 0.5).values())).sum().backward()
+        seen = len(collapsed(batch, target, decomposer.points())[1].weight)
+        assert seen == 256 if bias else seen < 100
+        found.append([parameter.grad for parameter in decomposer.parameters()])
+    for whole, together in zip(*found, strict=True):
+        torch.testing.assert_close(whole, together, rtol=1e-4, atol=1e-7)
