@@ -50,7 +50,8 @@ def _tables(data: pd.DataFrame) -> Iterator[tuple[str, str, list[str], Cells]]:
         note = "Components are counted under cascading with gates of the clean pass, on the scored tokens; costs are means over seeds."
         yield f"What they are and cost: {about}", note, heads, cells
         heads, cells = _columns(own, dict(_kept(own)))
-        note = f"Split {first['split']}, positions {first['positions']}; ± is the wider half of the interval: {first['interval']}."
+        intervals = "; ".join(sorted(set(own["interval"])))
+        note = f"Split {first['split']}, positions {first['positions']}; ± is the wider half of the interval: {intervals}."
         yield f"What they keep: {about}", note, heads, cells
 
 

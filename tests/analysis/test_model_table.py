@@ -50,6 +50,7 @@ def test_text_has_every_run_and_its_intervals(table):
     text = markdown(table)
     assert "| alpha | k=16 | 1 | 80 | 40 | 50% | 10% | 16 | 1.23k |" in text
     assert "0.500 ±0.200" in text
+    assert "95% document bootstrap, 1 seed; 95%, at each end the wider of t over 2 seeds" in text
     assert "| = |" in text  # FVU does not depend on the gates
     typeset = latex(table)
     assert typeset.count(r"\toprule") == typeset.count(r"\bottomrule") == 2
