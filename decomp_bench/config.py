@@ -234,7 +234,7 @@ def digest(data: Any, length: int = 8) -> str:
 
 
 def field_docs(kind: type[BaseModel]) -> dict[str, str]:
-    """Each field of a config as 'type, default' for help texts."""
+    """Each field of a config as 'type, default' for help texts, and 'type, required' where it has none."""
 
     def name(annotation: Any) -> str:
         if get_origin(annotation) in (Union, types.UnionType):
@@ -243,4 +243,5 @@ def field_docs(kind: type[BaseModel]) -> dict[str, str]:
             return " | ".join(str(value) for value in get_args(annotation))
         return getattr(annotation, "__name__", str(annotation))
 
-    return {key: f"{name(field.annotation)}, default {field.default}" for key, field in kind.model_fields.items()}
+    about = {key: "required" if field.is_required() else f"default {field.default}" for key, field in kind.model_fields.items()}
+    return {key: f"{name(field.annotation)}, {about[key]}" for key, field in kind.model_fields.items()}

@@ -12,7 +12,7 @@ import pytest
 from decomp_bench import results
 from decomp_bench.concepts.pieces import Pieces
 from decomp_bench.concepts.sample import draw as draw_rows
-from decomp_bench.config import DataConfig
+from decomp_bench.config import DataConfig, field_docs
 from decomp_bench.data import source as open_source
 from decomp_bench.errors import UserError
 from decomp_bench.interpretability.autointerp import (
@@ -203,5 +203,6 @@ def test_rows_say_what_is_missing_and_everything_asked_is_kept(lm, config, serve
 def test_a_judge_must_be_named_and_text_be_there(lm, toy, config):
     with pytest.raises(UserError, match="judge"):
         asked({"autointerp": {}}, "here")
+    assert field_docs(AutointerpConfig)["judge"] == "JudgeConfig, required"
     with pytest.raises(UserError, match="needs text"):
         measurement("autointerp").measure(make("transcoder", lm[0], (0,)), open_source(toy[0], DataConfig()), config, print)

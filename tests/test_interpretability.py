@@ -17,6 +17,7 @@ from decomp_bench.interpretability import intruder, purity, rules
 from decomp_bench.interpretability.contexts import cosines, cosines_in_groups, embeddings, words
 from decomp_bench.interpretability.examples import banded, draw, silent
 from decomp_bench.interpretability.harvest import Activity, Harvest, Text, harvest, place_of
+from decomp_bench.interpretability.jacobian import JacobianConfig
 from decomp_bench.interpretability.proxies import ProxyConfig, Tools, score
 from decomp_bench.measurements import measurement
 from tests.test_intervene import METHODS
@@ -302,3 +303,21 @@ def test_a_decomposition_without_components_to_draw_says_so(lm):
 def test_a_target_without_text_is_refused(lm, toy):
     with pytest.raises(UserError, match="needs text"):
         measurement("interpretability").measure(make("spd", lm[0], (0,)), open_source(toy[0], DataConfig()), CONFIG, print)
+
+
+@pytest.mark.parametrize("name", [*registry.names(), "global gates"])
+def test_every_registered_method_is_drawn_from_and_compared(lm, name):
+    """Untrained: what matters is that nothing is asked of a method that not all have."""
+    name, more = ("spd", {"gate": "global_shared_mlp"}) if name == "global gates" else (name, {})
+    kind = registry.method(name)
+    wanted = {"k": 3, **getattr(kind, "presets", {}).get("smoke", {}), **more}
+    config = {key: value for key, value in wanted.items() if key in kind.Config.model_fields}
+    decomposer = kind(parse(kind.Config, config, name), lm[0], (0, 1), 0).eval()
+    found = harvest(decomposer, lm[1], CONFIG.model_copy(update={"rows": 20, "fewest": 1, "densest": 0.99}))
+    assert sum(len(place.components) for place in found.places) > 0
+    for place in found.places:
+        assert np.isfinite(place.own.held).all()
+        assert np.isfinite(place.random.held).all()
+    settings = JacobianConfig(rows=2, positions=2, probes=2, bootstrap=5)
+    rows = measurement("jacobian").measure(decomposer, lm[1], settings, lambda done, parts: None)
+    assert all(np.isfinite(row["value"]) != bool(row.get("reason")) for row in rows)

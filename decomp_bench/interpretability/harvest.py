@@ -2,8 +2,9 @@
 
 Two folds of documents: A, where rules and explanations are made, and C, where they are scored. A component's size at a position is the
 absolute value of its code, of the clean pass and at the sparsity that the run was trained at; it is active where that is above zero.
-Padding and a kept first position are left out. What is held is the size of the drawn components at every position of both folds, four
-bytes each; all other codes are counted and let go batch by batch.
+Padding and a kept first position are left out. What is held is the size of the drawn components and of as many random directions at every
+position of both folds, four bytes each (16 bytes times positions of a fold times drawn components); all other codes are counted and let
+go batch by batch.
 """
 
 from __future__ import annotations
