@@ -15,7 +15,9 @@ ADVERSARY = (
     "adversarial", "adversary", "adversary_scope", "adversary_steps", "adversary_lr", "adversary_warmup", "adversary_betas",
     "adversary_dtype",
 )  # fmt: skip
-ADDED = ("tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse")
+ADDED = (
+    "tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse",
+)  # fmt: skip
 
 
 class SPDConfig(MethodConfig):
