@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,13 @@ from .grid import Drawing
 from .intervals import over_seeds
 from .labels import Measure
 from .layout import TEXT, Entries, canvas, finish
-from .points import tidy
+from .points import tidy, told_apart
 from .style import GREY, plain, styles
 
 SUCCESS = "success"
 """Share of the runs whose components are the mechanisms one to one, with none to spare: F1 of 1."""
 MEASURES = {
-    SUCCESS: Measure("Runs with F1 = 1", "share of runs whose live components are the known mechanisms, one to one, with none to spare"),
+    SUCCESS: Measure("F1 = 1", "share of runs whose live components are the known mechanisms, one to one, with none to spare"),
     "matched_cosine": Measure("Matched cosine", "mean cosine of mechanisms with components under the best one-to-one assignment"),
     "recovery_f1": Measure("F1", "of mechanisms found one to one"),
     "mmcs": Measure("MMCS", "mean over mechanisms of the largest cosine"),
@@ -27,7 +28,7 @@ MEASURES = {
 PANELS = (SUCCESS, "matched_cosine", "mmcs")
 TABLED = ("recovery_f1", "matched_cosine", "mmcs", "ml2r", "ml2r_longest", "merges", "splits", "spare", "live", "ci_error", "contributions")
 ENTRY = ["method", "family", "kind", "variant"]
-ROW, LEFT = 0.155, 1.25  # inches for a row, and for the labels
+ROW, LEFT = 0.21, 1.25  # inches for a row, and for the labels
 
 
 def wilson(successes: int, runs: int, z: float = 1.959964) -> tuple[float, float]:
@@ -48,8 +49,7 @@ def recovery_table(frame: pd.DataFrame) -> pd.DataFrame:
     One row for each (run without its seed, measure): mean over seeds with its t interval, the mean of its null where there is one, and
     the number of seeds; `success` with its Wilson interval.
     """
-    data = tidy(frame)
-    data["variant"] = [", ".join(filter(None, pair)) for pair in zip(data["variant"], _conditions(data), strict=True)]
+    data = tidy(told_apart(frame))
     whole = data[(data["layer"] == "all") & (data["site"] == "all") & (data["curve"] == "trained") & data["value"].notna()]
     whole = whole.drop_duplicates([*ENTRY, "seed", "run_id", "metric"])
     own = whole[whole["metric"].isin(TABLED)]
@@ -60,11 +60,6 @@ def recovery_table(frame: pd.DataFrame) -> pd.DataFrame:
     nulls = whole[whole["metric"].str.endswith("_null")].assign(metric=lambda rows: rows["metric"].str.removesuffix("_null"))
     cells = cells.merge(nulls.groupby(by)["value"].mean().rename("null").reset_index(), how="left", on=by)
     return pd.concat([_successes(own), cells], ignore_index=True).assign(target=str(data["target"].iloc[0]))
-
-
-def _conditions(data: pd.DataFrame) -> list[str]:
-    """What an experiment tells its runs apart by, as text; empty where it does not."""
-    return [str(text) for text in data["condition"]] if "condition" in data else [""] * len(data)
 
 
 def _successes(own: pd.DataFrame) -> pd.DataFrame:
@@ -81,7 +76,7 @@ def figure_of(table: pd.DataFrame, frame: pd.DataFrame) -> Figure:
     """A panel for each measure, a line for each entry, 3.3 inches wide; grey crosses: the null of the same measure."""
     panels = [key for key in PANELS if key in set(table["metric"])]
     entries = list(dict.fromkeys(table[ENTRY].itertuples(index=False, name=None)))
-    looks = styles(tidy(frame))
+    looks = styles(told_apart(tidy(frame)))
     height = ROW * (len(entries) + 0.8)
     with plain():
         figure = canvas(len(panels), 3.3, height)
@@ -110,15 +105,16 @@ def _dot(axes, row: pd.Series, place: int, colour: str) -> None:
 
 
 def _names(entries: list[tuple]) -> list[str]:
-    """Families, with the variant where a family has several."""
+    """Families, with the variant where a family has several, on as many lines as they need."""
     several = {entry[1] for entry in entries for other in entries if entry[1] == other[1] and entry[3] != other[3]}
-    return [entry[1] + (f", {entry[3]}" if entry[1] in several else "") for entry in entries]
+    names = [entry[1] + (f", {entry[3]}" if entry[1] in several else "") for entry in entries]
+    return ["\n".join(textwrap.wrap(name, 26)) for name in names]
 
 
 def _legend() -> Entries:
     dot = Line2D([], [], color="#333333", marker="o", linestyle="none", markersize=3.2)
     cross = Line2D([], [], color=GREY, marker="x", linestyle="none", markersize=2.6, markeredgewidth=0.6)
-    return Entries("Marks", [dot, cross], ["runs", "null: random directions of the same lengths"])
+    return Entries("Marks", [dot, cross], ["mean, or rate", "null: random directions of the same lengths"])
 
 
 def _caption(table: pd.DataFrame, panels: list[str], frame: pd.DataFrame) -> str:
@@ -126,6 +122,6 @@ def _caption(table: pd.DataFrame, panels: list[str], frame: pd.DataFrame) -> str
     count = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
     return (
         f"{'; '.join(f'{MEASURES[key].label}: {MEASURES[key].definition}' for key in panels)}. Target {table['target'].iloc[0]} "
-        f"({str(frame['target_hash'].iloc[0])[:8]}), {count} seeds an entry. Bars: 95%, Wilson for the rate, t over seeds for the others."
+        f"({str(frame['target_hash'].iloc[0])[:8]}), seeds an entry: {count}. Bars: 95%, Wilson for the rate, t over seeds for the others."
     )
 

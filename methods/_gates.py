@@ -45,8 +45,8 @@ def unit_gates(config: SPDConfig, target: TargetModel, unit: str, sites: list[Si
     first, hidden, bias = sites[0].name, config.gate_hidden, config.gate_bias
     wide = (len(target.weight(first)),) if hidden is None else hidden
     if config.gate == "shared":
-        made = SharedGates(target.size(first), wide, {key_of(site.name): site.n for site in sites}, bias, generator)
-        if unit.endswith(".mlp") and config.init == config.gate_init == "neuron":
+        made = SharedGates(target.size(f"{unit}.in"), wide, {key_of(site.name): site.n for site in sites}, bias, generator)
+        if unit.endswith(".mlp") and not first.endswith(".down") and config.init == config.gate_init == "neuron":
             made.start_at_neurons(target.weight(first))  # the activated map: the gate of a gated MLP
         return {key_of(unit): made}
     found: dict[str, nn.Module] = {}

@@ -180,7 +180,7 @@ class Column(NamedTuple):
 
 def _columns(frame: pd.DataFrame) -> tuple[list[Column], str]:
     """The columns that a frame has values for, and what the headline metric is."""
-    metrics, protocols, gates = (set(frame[name]) for name in ("metric", "protocol", "gates"))
+    metrics, protocols, gates = (set(frame.loc[frame["value"].notna(), name]) for name in ("metric", "protocol", "gates"))
     headline = "ce_delta" if "ce_delta" in metrics else "output_mse"
     columns = [Column("L0/MLP", "l0_mlp"), Column("active\nparams", "active_params")]
     columns += [Column(f"{p}\n{g}", headline, p, g, True) for p in ("cascading", "clean", "single") for g in ("clean", "self")]

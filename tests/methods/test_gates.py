@@ -178,3 +178,10 @@ def test_numbers_of_components_by_matrix(gated_lm):
             small(target, (0, 2), components=counts)
     with pytest.raises(UserError, match="multiple of 6"):
         small(target, **{**TRANSFORMER, "gate_heads": 3})
+
+
+def test_a_shared_gate_of_the_last_map_alone_reads_what_the_mlp_reads(lm):
+    target, source = lm
+    spd = SPD(SPDConfig(components={"*.mlp.down": 9}, gate="shared"), target, tuple(range(target.layers)))
+    batch = with_clean(source, source.batch("train", np.arange(2)), clean_points(spd))
+    assert all(term.isfinite() for term in spd.loss(batch, 0.0).values())
