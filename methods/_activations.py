@@ -159,6 +159,6 @@ class ReLU(Activation):
 
 def worthwhile(mask: Bool[Tensor, "rows n"]) -> Support | None:
     """The support of a mask where it is sparse enough to gain from it; elsewhere than on the CPU, finding out would be a wait."""
-    if mask.device.type != "cpu" or int(mask.sum()) > DENSE_ABOVE * mask.numel():
+    if mask.device.type != "cpu" or int(mask.count_nonzero()) > DENSE_ABOVE * mask.numel():  # a sum takes ten times as long
         return None
     return support_of(mask)

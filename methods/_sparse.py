@@ -22,6 +22,10 @@ with warnings.catch_warnings():  # torch says once a process that its CSR tensor
     torch.zeros(1, 1).to_sparse_csr()
 
 
+BLOCK = 1 << 17
+"""Entries of a matrix that are selected from together: what stays in a core's cache takes a quarter of the time."""
+
+
 @dataclass
 class Support:
     """Active entries of a code matrix [rows, features]: `index` holds the sorted positions in the flattened matrix."""
@@ -115,14 +119,31 @@ def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*
     """Which entries are among the k largest of their row, and positive."""
     if k >= pre.shape[-1]:
         return pre > 0
-    if pre.device.type == "cpu":
-        values = pre.detach().numpy()
-        smallest = np.partition(values, -k, axis=-1)[..., -k, None]
-        mask = torch.from_numpy((values >= smallest) & (values > 0))
-        if int(mask.sum()) <= k * (pre.numel() // pre.shape[-1]):  # else a tie let too many in
-            return mask
-    index = pre.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, index, True) & (pre > 0)
+    mask = torch.zeros(pre.shape, dtype=torch.bool, device=pre.device)
+    if pre.device.type == "cpu" and (index := _largest_of_rows(pre.detach().flatten(0, -2).numpy(), k)) is not None:
+        mask.view(-1)[torch.from_numpy(index)] = True
+        return mask
+    return mask.scatter_(-1, pre.topk(k, dim=-1, sorted=False).indices, True) & (pre > 0)
+
+
+def top_of_each_row(pre: Float[Tensor, "rows features"], k: int) -> Support:
+    """The support of the k largest positive entries of each row."""
+    if pre.device.type == "cpu" and k < pre.shape[1] and (index := _largest_of_rows(pre.detach().numpy(), k)) is not None:
+        return Support(*pre.shape, torch.from_numpy(index))
+    return support_of(top_of_rows(pre, k))
+
+
+def _largest_of_rows(values: np.ndarray, k: int) -> np.ndarray | None:
+    """Sorted flat positions of the k largest positive entries of each row; None where a tie would let more in."""
+    rows, features = values.shape
+    size = max(1, BLOCK // features)
+    found = [np.empty(0, np.int64)]
+    for start in range(0, rows, size):
+        block = values[start : start + size]
+        smallest = np.partition(block, features - k, axis=1)[:, features - k, None]
+        found.append(np.flatnonzero((block >= smallest) & (block > 0)) + start * features)
+    index = np.concatenate(found)
+    return index if len(index) <= k * rows else None
 
 
 class _EncodeAt(torch.autograd.Function):

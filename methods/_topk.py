@@ -13,7 +13,7 @@ from decomp_bench.decomposer import Choice
 from ._activations import Activation
 from ._calibration import StrengthCounts
 from ._dictionary_config import DictionaryConfig
-from ._sparse import Support, support_of, top_of_batch, top_of_rows
+from ._sparse import Support, top_of_batch, top_of_each_row, top_of_rows
 
 
 class TopK(Activation):
@@ -33,7 +33,7 @@ class TopK(Activation):
         return top_of_rows(pre, choice.k or self.config.k).to(pre.dtype)
 
     def support(self, pre: Float[Tensor, "rows n"], k: int | None = None) -> Support:
-        return support_of(top_of_rows(pre, k or self.k))
+        return top_of_each_row(pre, k or self.k)
 
     def training_gate(self, pre: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
         return self.support(pre.detach().reshape(-1, self.features)).gate().view(pre.shape).to(pre.dtype) * (pre > 0)
