@@ -2,7 +2,7 @@
 
 from .export import caption_of, save
 from .labels import MEASURES, Measure, described
-from .measurements import measured_figures, measured_table
+from .measurements import measured_figures, measured_heading, measured_table
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
@@ -23,6 +23,7 @@ __all__ = [
     "described",
     "floor_check",
     "measured_figures",
+    "measured_heading",
     "measured_table",
     "monotone_check",
     "pareto",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from . import robustness
 from .forest import forest
 from .measured import Measurements, conditions, read, summary
 from .tracks import Axis, tracks
@@ -73,16 +74,30 @@ def _ablation_table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
     return summary(found, "ablation_on_at_damage", "ablation_gain", _at(found))
 
 
-DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {"steering": _steering, "topic_ablation": _ablation}
+DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {
+    "steering": _steering,
+    "topic_ablation": _ablation,
+    "robustness": robustness.figures,
+}
 TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
     "steering": _steering_table,
     "topic_ablation": _ablation_table,
+    "robustness": robustness.table,
 }
 
 
 def measured_figures(name: str, frame: pd.DataFrame) -> dict[str, Figure]:
     """The figures of a measurement's rows, none for a measurement that has none; raises ValueError with one line."""
     return DRAWN[name](frame) if name in DRAWN else {}
+
+
+HEADINGS = {"robustness": "error a token under each kind of mask, after some steps of an adversary, and of the summed weights (relative)"}
+CONCEPTS = "over all concepts; brackets: 95% over concepts; gain: above the mean of random controls"
+
+
+def measured_heading(name: str) -> str:
+    """What the numbers of a measurement's table are."""
+    return HEADINGS.get(name, CONCEPTS)
 
 
 def measured_table(name: str, frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:

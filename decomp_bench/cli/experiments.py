@@ -233,7 +233,7 @@ def _show_measured(folder: Path) -> None:
             print(f"{name}: {error}")
             continue
         if rows:
-            print(f"\n{name}, over all concepts; brackets: 95% over concepts; gain: above the mean of random controls")
+            print(f"\n{name}: {analysis.measured_heading(name)}")
             show(rows, False)
 
 
