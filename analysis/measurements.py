@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from . import robustness
 from .controls import control_figures, control_rows
 from .forest import forest
 from .measured import Measurements, conditions, read, summary
@@ -149,6 +150,7 @@ DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {
     "interpretability": _interpretability,
     "jacobian": _jacobian,
     "autointerp": _autointerp,
+    "robustness": robustness.figures,
 }
 TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
     "controls": control_rows,
@@ -160,11 +162,13 @@ TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
     "autointerp": lambda frame: summary(
         read(frame, "at", "component"), "autointerp_detection", "autointerp_detection_gain", "all", "components"
     ),
+    "robustness": robustness.table,
 }
 
 
 CONCEPTS = "over all that was measured; brackets: 95%; gain: above the mean of random controls"
 NOTES = {
+    "robustness": "error a token under each kind of mask, after some steps of an adversary, and of the summed weights (relative)",
     "controls": "brackets: 95%; tells: better than the control and the intervals apart; fooled: worse and apart; blind: not apart",
     "tails": "what lies beyond so many of a token's largest components, mean over sites",
 }

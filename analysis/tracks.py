@@ -19,10 +19,12 @@ WHOLE = ("chosen", "all")
 """Places that are no part of a grid."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 """Of the first, second and third form of a family."""
+FLOOR = 1e-4
+"""Where a logarithmic y becomes linear, so that it has a place for 0 and none for rounding errors."""
 
 
 class Axis(NamedTuple):
-    """A metric (or `at` itself) on an axis, its label, and whether the axis is logarithmic."""
+    """A metric (or `at` itself) on an axis, its label, and whether the axis is logarithmic (y: linear below `FLOOR`)."""
 
     metric: str
     label: str
@@ -95,5 +97,8 @@ def _scales(axes: Axes, data: pd.DataFrame, x: Axis, y: Axis) -> None:
         axes.xaxis.set_major_locator(FixedLocator(sorted(set(data["x"]))))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
+    if y.log:
+        axes.set_yscale("symlog", linthresh=FLOOR, linscale=0.4)
+        axes.set_ylim(0.0)
     axes.set_xlabel(x.label, fontsize=TEXT + 0.5, labelpad=2)
     axes.set_ylabel(y.label, fontsize=TEXT + 0.5, labelpad=2)

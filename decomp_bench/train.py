@@ -240,7 +240,7 @@ class Training:
         line |= {key: float(value) for key, value in self.decomposer.step_statistics().items()}
         self._pending = []
         for i, group in enumerate(self.optimiser.param_groups):  # of the last step, before clipping
-            line[f"{NORM}{i}"] = float(self._norms.get(i, gradient_norm(group["params"])))
+            line[f"{NORM}{i}"] = float(self._norms[i] if i in self._norms else gradient_norm(group["params"]))
         line |= {
             "step": self.step,
             "lr": self.config.lr * learning_rate(self.config, self.step - 1),
