@@ -129,7 +129,7 @@ def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*
 def top_of_each_row(pre: Float[Tensor, "rows features"], k: int) -> Support:
     """The support of the k largest positive entries of each row."""
     if pre.device.type == "cpu" and k < pre.shape[1] and (index := _largest_of_rows(pre.detach().numpy(), k)) is not None:
-        return Support(*pre.shape, torch.from_numpy(index))
+        return Support(len(pre), pre.shape[1], torch.from_numpy(index))
     return support_of(top_of_rows(pre, k))
 
 
