@@ -16,7 +16,9 @@ from pydantic import PositiveInt
 from decomp_bench.config import Config, parse
 from decomp_bench.errors import RunFailed
 from decomp_bench.files import write_json
+from decomp_bench.provenance import git_state, hardware
 
+from .cross_layer import cross_layer
 from .environments import python_of
 from .figure import draw
 
@@ -47,11 +49,19 @@ class Settings(Config):
     quality_steps: int
     quality_lrs: tuple[float, ...]
     seeds: tuple[int, ...]
+    cross_layer_features: int = 0
 
 
 def main(settings: dict, folder: Path) -> None:
     """Measure, write rates.csv, quality.csv, machine.json and the figure, and print both tables."""
     chosen = parse(Settings, settings, "016 settings")
+    about = {"settings": chosen.model_dump(), "torch": torch.__version__, "hardware": hardware(), **git_state()}
+    if chosen.cross_layer_features:
+        found = cross_layer(chosen.cross_layer_features, chosen.k, chosen.batch, chosen.steps, chosen.turns, chosen.threads)
+        found.to_csv(folder / "cross_layer.csv", index=False)
+        write_json(about, folder / "machine.json")
+        print(found.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        return
     libraries = [OURS, *chosen.peers]
     pythons = {name: python_of(name) for name in libraries}
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,7 +72,7 @@ def main(settings: dict, folder: Path) -> None:
         encoder = 2 * chosen.batch * chosen.width * chosen.features / gemm
         rates["gemm_share"] = encoder / rates["seconds"]
         rates.to_csv(folder / "rates.csv", index=False)
-        write_json({"settings": chosen.model_dump(), "gemm_flops_per_s": gemm, "torch": torch.__version__}, folder / "machine.json")
+        write_json({**about, "gemm_flops_per_s": gemm}, folder / "machine.json")
         table = summary(rates, chosen)
         table.to_csv(folder / "summary.csv", index=False)
         print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
