@@ -310,6 +310,8 @@ def test_every_registered_method_is_drawn_from_and_compared(lm, name):
     """Untrained: what matters is that nothing is asked of a method that not all have."""
     name, more = ("spd", {"gate": "global_shared_mlp"}) if name == "global gates" else (name, {})
     kind = registry.method(name)
+    if reason := kind.skip(lm[0], (0, 1)):
+        pytest.skip(reason)
     wanted = {"k": 3, **getattr(kind, "presets", {}).get("smoke", {}), **more}
     config = {key: value for key, value in wanted.items() if key in kind.Config.model_fields}
     decomposer = kind(parse(kind.Config, config, name), lm[0], (0, 1), 0).eval()

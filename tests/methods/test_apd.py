@@ -98,7 +98,7 @@ def test_components_as_matrices_score_as_their_vectors_do(tms, side):
 
 def test_training_finds_what_to_switch_and_the_threshold_gives_k(tms, tmp_path):
     target, source = tms
-    config = APDConfig(components=8, k=0.25, steps=250, batch=256, lr=3e-2, warmup=20, simplicity=0.3, calibration=4096)
+    config = APDConfig(components=8, k=0.25, steps=150, batch=128, lr=3e-2, warmup=10, simplicity=0.3, calibration=4096)
     decomposer = APD(config, target, (0,), seed=1)
     lines = []
     (outcome,) = train([Job(decomposer, tmp_path, lines.append)], source, TrainConfig(log_every=50))
