@@ -12,7 +12,7 @@ from decomp_bench.cli.training import Json, Sets, check_existing
 from decomp_bench.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from decomp_bench.experiment import Options, Outcome
+    from decomp_bench.experiment import Experiment, Options, Outcome
 
 Name = Annotated[str, typer.Argument(help="Number, name or folder.")]
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder with experiments/, or the experiments themselves; default: here.")]
@@ -78,10 +78,17 @@ def experiment_rows(directory: Path | None) -> list[dict[str, Any]]:
             "title": one.config.title,
             "target": one.config.target,
             "presets": sorted(one.config.presets),
-            "results": sorted(path.parent.name for path in (one.root / "results" / one.name).glob("*/results.parquet")),
+            "results": _with_results(one),
         }
         for one in all_experiments(directory)
     ]
+
+
+def _with_results(one: Experiment) -> list[str]:
+    """Names of an experiment's results folders: of a program of its own, every folder that holds a file."""
+    folders = [path for path in (one.root / "results" / one.name).glob("*") if path.is_dir()]
+    there = "*.*" if one.config.script else "results.parquet"
+    return sorted(path.name for path in folders if next(path.glob(there), None) is not None)
 
 
 def list_(directory: Dir = None, as_json: Json = False) -> None:

@@ -30,7 +30,7 @@ def train(
     method: Annotated[str | None, typer.Argument(help="A method of `list methods`; not needed with --config.")] = None,
     target: Annotated[str | None, typer.Option(help="A target of `list targets`.")] = None,
     layers: Annotated[str | None, typer.Option(help="all, or layers such as 0,2.")] = None,
-    preset: Annotated[str | None, typer.Option(help="smoke, laptop or paper, where the method has it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset of the method, such as smoke, laptop or paper (list methods).")] = None,
     config: Annotated[Path | None, typer.Option(help="A config file, such as that of an earlier run.")] = None,
     set_: Sets = None,
     seed: Annotated[int | None, typer.Option(help="Training seed.")] = None,
