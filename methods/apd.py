@@ -93,6 +93,7 @@ class APD(Decomposer):
             self.B[_key(point)] = _xavier((n, rank, d_out), config.init_scale, generator)
             self.sites.append(Site(point, layer_of(point), sources, (Slot(point, point),), n))
         self.register_buffer("threshold", torch.zeros(()))
+        self._statistics: dict[str, Tensor] = {}
         self._read: dict[Point, Tensor] = {}  # what the maps read in the last masked pass of training
         if config.unit_norm:
             for A in self.A.values():
