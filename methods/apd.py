@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from decomp_bench.config import MethodConfig
@@ -56,6 +56,12 @@ class APDConfig(MethodConfig):
     warmup: int = Field(default=200, ge=0)
     calibration: PositiveInt = 16_384
     """Inputs on which the threshold is set after training: k components exceed it on average."""
+
+    @model_validator(mode="after")
+    def _some_are_on(self) -> APDConfig:
+        if self.k * self.batch < 1:
+            raise ValueError(f"k={self.k:g} of a batch of {self.batch} turns no component on; make k x batch at least 1")
+        return self
 
 
 class APD(Decomposer):

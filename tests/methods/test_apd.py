@@ -9,6 +9,7 @@ from decomp_bench import data, registry
 from decomp_bench.config import DataConfig, TrainConfig, parse
 from decomp_bench.data.streams import SequenceStream
 from decomp_bench.decomposer import Slot
+from decomp_bench.errors import UserError
 from decomp_bench.methods.apd import APD, APDConfig
 from decomp_bench.recovery import _matrix_part, _part, recovered
 from decomp_bench.replacement import clean_points, clean_reads, replaced
@@ -140,3 +141,9 @@ def test_with_the_remainder_everything_off_is_the_target(tms):
     out = replaced(everything, batch, (0,), gates="clean")
     assert torch.allclose(out.logits, batch.logits, atol=1e-5)
     assert decomposer.directions(decomposer.sites[0], Slot("0.mlp.up", "0.mlp.up")) is None
+
+
+def test_a_k_that_turns_nothing_on_is_refused():
+    with pytest.raises(UserError, match="k x batch at least 1"):
+        parse(APDConfig, {"k": 0.004, "batch": 128}, "apd")
+    assert parse(APDConfig, {"k": 0.008, "batch": 128}, "apd").k == 0.008
