@@ -193,26 +193,36 @@ def summary(rates: pd.DataFrame, chosen: Settings) -> pd.DataFrame:
 
 
 def quality(libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
-    """FVU on held-out rows after equal tokens: every library at its default rate, peers also at the others."""
-    rows = []
+    """FVU on held-out rows after equal tokens: this project at its default rate, every peer at the rate that is its best on the first seed."""
+    rows: list[dict] = []
+    first, *others = chosen.seeds
     for architecture in chosen.architectures:
         for name in (library for library in libraries if architecture in ARCHITECTURES[library]):
-            for lr in [None] if name == OURS else [None, *chosen.quality_lrs]:
-                for seed in chosen.seeds:
-                    worker = Worker(name, pythons[name], job_of(chosen, architecture, activations, chosen.quality_steps, seed, lr))
-                    worker.ask(f"train {chosen.quality_steps}")
-                    score = worker.ask("score")
-                    worker.close()
-                    row = {"architecture": architecture, "library": name, "lr": str(lr or "default"), "seed": seed, **score}
-                    rows.append(row)
-                    print(f"{architecture:12} {name:20} lr {row['lr']}  seed {seed}  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}", flush=True)
+            rates = [None] if name == OURS else [None, *chosen.quality_lrs]
+            tried = {lr: score(name, pythons[name], architecture, chosen, activations, first, lr) for lr in rates}
+            best_rate = min(tried, key=lambda lr: tried[lr]["fvu"])
+            rows += tried.values()
+            rows += [score(name, pythons[name], architecture, chosen, activations, seed, best_rate) for seed in others]
     return pd.DataFrame(rows)
 
 
+def score(name: str, python: Path, architecture: str, chosen: Settings, activations: Path, seed: int, lr: float | None) -> dict:
+    """Train in a library from scratch and score on held-out rows."""
+    worker = Worker(name, python, job_of(chosen, architecture, activations, chosen.quality_steps, seed, lr))
+    try:
+        worker.ask(f"train {chosen.quality_steps}")
+        row = {"architecture": architecture, "library": name, "lr": str(lr or "default"), "seed": seed, **worker.ask("score")}
+    finally:
+        worker.close()
+    print(f"{architecture:12} {name:20} lr {row['lr']:7}  seed {seed}  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}", flush=True)
+    return row
+
+
 def best(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of each library at its best rate, and the paired ratio of FVUs, peer to this project."""
-    means = found.groupby(["architecture", "library", "lr"], sort=False)["fvu"].mean().reset_index()
-    chosen = means.loc[means.groupby(["architecture", "library"], sort=False)["fvu"].idxmin()]
+    """Mean over seeds of each library at the rate chosen on the first, and the paired ratio of FVUs, peer to this project."""
+    grouped = found.groupby(["architecture", "library", "lr"], sort=False)["fvu"].agg(["mean", "size"]).reset_index()
+    whole = grouped[grouped["size"] == found["seed"].nunique()].rename(columns={"mean": "fvu"}).drop(columns="size")
+    chosen = whole.loc[whole.groupby(["architecture", "library"], sort=False)["fvu"].idxmin()]
     rows = []
     for entry in chosen.to_dict("records"):
         same = (found["architecture"] == entry["architecture"]) & (found["library"] == entry["library"]) & (found["lr"] == entry["lr"])
