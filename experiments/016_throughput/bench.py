@@ -193,7 +193,7 @@ def summary(rates: pd.DataFrame, chosen: Settings) -> pd.DataFrame:
 
 
 def quality(libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
-    """FVU on held-out rows after equal tokens: this project at its default rate, every peer at the rate that is its best on the first seed."""
+    """FVU on held-out rows after equal tokens: this project at its default rate, each peer at the one that is best on the first seed."""
     rows: list[dict] = []
     first, *others = chosen.seeds
     for architecture in chosen.architectures:
