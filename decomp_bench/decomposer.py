@@ -168,6 +168,8 @@ class Decomposer(nn.Module):
     """Of an instance, what its config makes it train on (`trained_on`)."""
     swept: ClassVar[tuple[str, ...]] = ()
     """Which of `k`, `threshold` and `mask` `at` accepts."""
+    on_demand: ClassVar[tuple[str, ...]] = ()
+    """Loss terms that are next to nothing until components need reviving: their rise is no collapse of the training."""
     paper: ClassVar[str] = ""
     """What to cite."""
 

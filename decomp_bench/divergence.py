@@ -19,7 +19,7 @@ HISTORY, LEAST, PATIENCE = 50, 10, 3
 """Log lines that the median is over, lines before anything is judged, and lines in a row that must look collapsed."""
 RISE, DOUBLED, FALL = 10.0, 2.0, 0.1
 TINY = 1e-3
-"""Share of the total from which on a term's rise counts: one that rises from next to nothing, as auxiliary losses do, was no part of it."""
+"""Share of the total from which on a term's rise counts."""
 NORM = "grad_norm_"
 
 
@@ -29,9 +29,10 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
 
 
 class Watch:
-    """Takes a training's log lines, in which `terms` are its losses."""
+    """Takes a training's log lines, in which `terms` are its losses; those `on_demand` must be finite, but may rise."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_demand: Iterable[str] = ()) -> None:
+        self.on_demand = {"loss", *on_demand}
         self.lines: deque[Mapping[str, float]] = deque(maxlen=HISTORY)
         self.suspicious = 0
         """Lines in a row that looked collapsed."""
@@ -42,7 +43,7 @@ class Watch:
         if wrong:
             name, value = next(iter(wrong.items()))
             return f"the loss '{name}' was {value} at step {line['step']:.0f}: lower method.lr or the penalty"
-        collapse = self._collapse(line, [name for name in terms if name != "loss"]) if len(self.lines) >= LEAST else None
+        collapse = self._collapse(line, [name for name in terms if name not in self.on_demand]) if len(self.lines) >= LEAST else None
         self.suspicious = self.suspicious + 1 if collapse else 0
         if not collapse:
             self.lines.append(line)

@@ -169,7 +169,7 @@ class Training:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self.device = device
         self._pending: list[dict[str, Tensor]] = []
-        self._watch, self._norms = Watch(), {}
+        self._watch, self._norms = Watch(self.decomposer.on_demand), {}
         self._flops_a_step = 0.0
 
     @property

@@ -33,6 +33,7 @@ class Coders(Decomposer):
     Config = DictionaryConfig
     config: DictionaryConfig  # type: ignore[assignment]
     swept = ("k", "threshold")
+    on_demand = ("aux",)
     tied: ClassVar[bool] = False
     """Whether encoders start as the decoders' transpose."""
     has_skip: ClassVar[bool] = False

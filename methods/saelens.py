@@ -35,6 +35,7 @@ class SaeLens(Decomposer):
     Config = SaeLensConfig
     config: SaeLensConfig  # type: ignore[assignment]
     swept = ("k", "threshold")
+    on_demand = ("auxiliary_reconstruction_loss", "pre_act_loss")
     paper = "Bloom, Tigges, Duong, Chanin 2024, SAELens (https://github.com/decoderesearch/SAELens)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"features": 128, "k": 8, "steps": 60, "batch": 256, "lr": 3e-3, "calibration": 4096},

@@ -51,6 +51,15 @@ def test_what_moves_alone_is_no_collapse(changes):
     assert not any(judged([line(20 * i) for i in range(40)] + [line(800 + 20 * i, **changes) for i in range(40)]))
 
 
+def test_a_term_that_revives_components_may_rise_but_not_without_end():
+    """Measured: as the rate falls, components die, and the aux loss goes from a hundredth of the total to three quarters; the fit gets better."""
+    lines = [line(20 * i) for i in range(20)] + [line(400 + 20 * i, recon=0.2, minimality=6.0, grad_norm_1=57.0) for i in range(10)]
+    watch, watch_all = Watch(["minimality"]), Watch()
+    assert not any(watch.judge(one, TERMS) for one in lines)
+    assert any(watch_all.judge(one, TERMS) for one in lines)
+    assert "'minimality' was nan" in (watch.judge(line(900, minimality=float("nan")), TERMS) or "")
+
+
 def test_a_moment_is_no_collapse_and_a_start_is_not_judged():
     spike = [line(20 * i, recon=9.0, grad_norm_1=90.0) if i % 20 == 19 else line(20 * i) for i in range(100)]
     assert not any(judged(spike))
