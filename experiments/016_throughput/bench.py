@@ -1,9 +1,5 @@
 """Alternating turns of training steps: this project's dictionaries beside other libraries', on the same activations in one run."""
 
-import json
-import os
-import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -11,45 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import PositiveInt
 
-from decomp_bench.config import Config, parse
-from decomp_bench.errors import RunFailed
+from decomp_bench.config import parse
 from decomp_bench.files import write_json
 from decomp_bench.provenance import git_state, hardware
 
 from .cross_layer import cross_layer
 from .environments import python_of
 from .figure import draw
-
-WORKERS = Path(__file__).resolve().parent / "workers"
-OURS = "decomp_bench"
-ARCHITECTURES = {
-    OURS: {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka", "groupmax"},
-    "sae_lens": {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka"},
-    "dictionary_learning": {"batchtopk", "topk", "relu", "jumprelu", "gated", "matryoshka"},
-    "sparsify": {"topk", "groupmax"},
-}
-FILES = {OURS: "ours.py", **{name: f"peer_{name}.py" for name in ARCHITECTURES if name != OURS}}
-
-
-class Settings(Config):
-    width: PositiveInt
-    features: PositiveInt
-    k: PositiveInt
-    batch: PositiveInt
-    threads: PositiveInt
-    precision: str
-    rows: PositiveInt
-    warmup: PositiveInt
-    steps: PositiveInt
-    turns: PositiveInt
-    architectures: tuple[str, ...]
-    peers: tuple[str, ...]
-    quality_steps: int
-    quality_lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
-    cross_layer_features: int = 0
+from .libraries import ARCHITECTURES, OURS, Settings, Worker, job_of
+from .quality import Quality, best
 
 
 def main(settings: dict, folder: Path) -> None:
@@ -77,8 +44,7 @@ def main(settings: dict, folder: Path) -> None:
         table.to_csv(folder / "summary.csv", index=False)
         print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
         if chosen.quality_steps:
-            found = quality(libraries, pythons, chosen, activations)
-            found.to_csv(folder / "quality.csv", index=False)
+            found = Quality(pythons, chosen, activations, folder / "quality.csv").compare(libraries)
             print(best(found).to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     draw(table, chosen.model_dump(), folder)
 
@@ -110,51 +76,6 @@ def gemm_rate(chosen: Settings) -> float:
         a @ b
         times.append(time.perf_counter() - began)
     return 2 * chosen.batch * chosen.width * chosen.features / min(times)
-
-
-class Worker:
-    """A process that trains one library's dictionary when told."""
-
-    def __init__(self, library: str, python: str, job: dict) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        (self.folder / "job.json").write_text(json.dumps(job))
-        threads = str(job["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WANDB_MODE": "disabled"}
-        self.library, self.errors = library, (self.folder / "errors.txt").open("w+")
-        command = [python, str(WORKERS / FILES[library]), str(self.folder / "job.json")]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
-        self._answer()
-
-    def ask(self, line: str) -> dict:
-        """Send a line and wait for the answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        self.errors.seek(0)
-        reason = (self.errors.read().strip().splitlines() or ["it ended without a word"])[-1]
-        raise RunFailed(f"the worker of {self.library} stopped: {reason}")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.errors.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def job_of(chosen: Settings, architecture: str, activations: Path, total: int, seed: int = 0, lr: float | None = None) -> dict:
-    shared = chosen.model_dump(include={"width", "features", "k", "batch", "threads", "precision"})
-    held_out = min(8192, chosen.rows // 8)
-    own = {"architecture": architecture, "activations": str(activations), "held_out": held_out, "total": total, "seed": seed, "lr": lr}
-    return {**shared, **own}
 
 
 def speed(architecture: str, libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
@@ -189,44 +110,4 @@ def summary(rates: pd.DataFrame, chosen: Settings) -> pd.DataFrame:
         rows.append({"architecture": architecture, "library": library, "tokens_per_s": chosen.batch / fastest, "ms_per_step": 1e3 * fastest,
                      "gemm_share": own["gemm_share"].max(), "memory_mb": own["memory_mb"].max(),
                      "ours_times_faster": ratio[1], "least": ratio[0], "most": ratio[2]})
-    return pd.DataFrame(rows)
-
-
-def quality(libraries: list[str], pythons: dict, chosen: Settings, activations: Path) -> pd.DataFrame:
-    """FVU on held-out rows after equal tokens: this project at its default rate, each peer at the one that is best on the first seed."""
-    rows: list[dict] = []
-    first, *others = chosen.seeds
-    for architecture in chosen.architectures:
-        for name in (library for library in libraries if architecture in ARCHITECTURES[library]):
-            rates = [None] if name == OURS else [None, *chosen.quality_lrs]
-            tried = {lr: score(name, pythons[name], architecture, chosen, activations, first, lr) for lr in rates}
-            best_rate = min(tried, key=lambda lr: tried[lr]["fvu"])
-            rows += tried.values()
-            rows += [score(name, pythons[name], architecture, chosen, activations, seed, best_rate) for seed in others]
-    return pd.DataFrame(rows)
-
-
-def score(name: str, python: Path, architecture: str, chosen: Settings, activations: Path, seed: int, lr: float | None) -> dict:
-    """Train in a library from scratch and score on held-out rows."""
-    worker = Worker(name, python, job_of(chosen, architecture, activations, chosen.quality_steps, seed, lr))
-    try:
-        worker.ask(f"train {chosen.quality_steps}")
-        row = {"architecture": architecture, "library": name, "lr": str(lr or "default"), "seed": seed, **worker.ask("score")}
-    finally:
-        worker.close()
-    print(f"{architecture:12} {name:20} lr {row['lr']:7}  seed {seed}  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}", flush=True)
-    return row
-
-
-def best(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of each library at the rate chosen on the first, and the paired ratio of FVUs, peer to this project."""
-    grouped = found.groupby(["architecture", "library", "lr"], sort=False)["fvu"].agg(["mean", "size"]).reset_index()
-    whole = grouped[grouped["size"] == found["seed"].nunique()].rename(columns={"mean": "fvu"}).drop(columns="size")
-    chosen = whole.loc[whole.groupby(["architecture", "library"], sort=False)["fvu"].idxmin()]
-    rows = []
-    for entry in chosen.to_dict("records"):
-        same = (found["architecture"] == entry["architecture"]) & (found["library"] == entry["library"]) & (found["lr"] == entry["lr"])
-        ours = found[(found["architecture"] == entry["architecture"]) & (found["library"] == OURS)].set_index("seed")["fvu"]
-        ratio = found[same].set_index("seed")["fvu"] / ours
-        rows.append({**entry, "fvu_over_ours": ratio.mean(), "least": ratio.min(), "most": ratio.max(), "seeds": len(ratio)})
     return pd.DataFrame(rows)
