@@ -51,14 +51,14 @@ class Quality:
 
 
 def best(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of each library at the rate chosen on the first, and the paired ratio of FVUs, peer to this project."""
+    """Mean over seeds of each library at the rate chosen on the first, and the paired ratio of FVUs, library to this project."""
     grouped = found.groupby(["architecture", "library", "lr"], sort=False)["fvu"].agg(["mean", "size"]).reset_index()
     whole = grouped[grouped["size"] == found["seed"].nunique()].rename(columns={"mean": "fvu"}).drop(columns="size")
     chosen = whole.loc[whole.groupby(["architecture", "library"], sort=False)["fvu"].idxmin()]
+    picked = found.merge(chosen[KEY[:3]])
+    of = {key: rows.set_index("seed")["fvu"] for key, rows in picked.groupby(["architecture", "library"])}
     rows = []
     for entry in chosen.to_dict("records"):
-        same = (found["architecture"] == entry["architecture"]) & (found["library"] == entry["library"]) & (found["lr"] == entry["lr"])
-        ours = found[(found["architecture"] == entry["architecture"]) & (found["library"] == OURS)].set_index("seed")["fvu"]
-        ratio = found[same].set_index("seed")["fvu"] / ours
+        ratio = of[entry["architecture"], entry["library"]] / of[entry["architecture"], OURS]
         rows.append({**entry, "fvu_over_ours": ratio.mean(), "least": ratio.min(), "most": ratio.max(), "seeds": len(ratio)})
     return pd.DataFrame(rows)
