@@ -52,7 +52,7 @@ def test_what_moves_alone_is_no_collapse(changes):
 
 
 def test_a_term_that_revives_components_may_rise_but_not_without_end():
-    """Measured: as the rate falls, components die; the aux loss goes from a hundredth of the total to three quarters, and the fit gets better."""
+    """Measured: components die, the aux loss goes from a hundredth of the total to three quarters while the fit improves."""
     lines = [line(20 * i) for i in range(20)] + [line(400 + 20 * i, recon=0.2, minimality=6.0, grad_norm_1=57.0) for i in range(10)]
     watch, watch_all = Watch(["minimality"]), Watch()
     assert not any(watch.judge(one, TERMS) for one in lines)
