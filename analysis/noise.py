@@ -117,7 +117,7 @@ def _lines(shown: pd.DataFrame) -> str:
     heads = ["mean", "sd", "95%", "documents ±", "1 seed", "3 seeds", "runs"]
     lines = [names + heads, ["---"] * len(names) + ["---:"] * len(heads)]
     for row in shown.itertuples(index=False):
-        metric = f"{row.metric}, {row.base}" if row.base and row.base not in str(row.metric) else str(row.metric)
+        metric = f"{row.metric}, {row.base}" if row.base and str(row.base) not in str(row.metric) else str(row.metric)
         names = [metric, *([str(row.family)] if several else []), str(row.protocol), str(row.gates), digits(row.mean)]
         ends = f"{digits(row.sd_lo)} to {digits(row.sd_hi)}"
         numbers = [digits(value) for value in (row.document_half_width, row.resolved_1, row.resolved_3)]

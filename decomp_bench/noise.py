@@ -40,13 +40,13 @@ def known_noise(root: Path) -> dict[str, list[dict[str, Any]]]:
     """
     import pandas as pd
 
-    from decomp_bench.analysis import EVERY_FAMILY
+    from decomp_bench import analysis
 
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / "results").glob(f"*/*/{STEM}.csv")):
         try:
             data = pd.read_csv(file, keep_default_na=False, na_values=[""])
-            rows = data[data["family"] == EVERY_FAMILY].to_dict("records")
+            rows = data[data["family"] == analysis.EVERY_FAMILY].to_dict("records")
             for row in rows:
                 about = {"results": f"{file.parent.parent.name}/{file.parent.name}", "target": row["target"], "degrees": row["degrees"]}
                 numbers = {name: None if pd.isna(row[name]) else row[name] for name in SHOWN}
