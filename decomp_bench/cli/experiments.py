@@ -256,14 +256,22 @@ def smoke(
 
     from decomp_bench import experiment
     from decomp_bench.cli.display import duration
+    from decomp_bench.smoke import Smoked
     from decomp_bench.smoke import smoke as run_all
 
     chosen = [experiment.load(name, directory) for name in names] if names else experiment.all_experiments(directory)
     width = max((len(one.name) for one in chosen), default=0)
     folder = keep or Path(tempfile.mkdtemp(prefix="decomp-bench-smoke-"))
-    done = run_all(
-        chosen, folder, lambda one: print(f"{one.name:{width}}  {duration(one.seconds):>5}  {one.error or 'passed'}", flush=True), workers
-    )
+
+    def line(one: Smoked) -> None:
+        print(f"{one.name:{width}}  {duration(one.seconds):>5}  {one.error or 'passed'}", flush=True)
+
+    try:
+        done = run_all(chosen, folder, line, workers)
+    except BaseException:  # it would begin again in another folder
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     failed = [one.name for one in done if one.error]
     print(f"{len(done) - len(failed)} of {len(done)} experiments passed in {duration(sum(one.seconds for one in done))}")
     if failed:
