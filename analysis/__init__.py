@@ -6,6 +6,8 @@ from .grid import Drawing, grid_table
 from .labels import MEASURES, Measure, described
 from .measurements import measured_figures, measured_note, measured_table
 from .model_table import model_table
+from .noise import EVERY as EVERY_FAMILY
+from .noise import noise_markdown, seed_noise
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
@@ -14,6 +16,7 @@ from .typeset import latex, markdown
 
 __all__ = [
     "DRAWINGS",
+    "EVERY_FAMILY",
     "MEASURES",
     "PROTOCOLS",
     "Comparison",
@@ -36,10 +39,12 @@ __all__ = [
     "measured_table",
     "model_table",
     "monotone_check",
+    "noise_markdown",
     "pareto",
     "paretos",
     "points",
     "save",
+    "seed_noise",
     "styles",
     "table",
 ]

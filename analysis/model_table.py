@@ -37,7 +37,7 @@ def model_table(frame: pd.DataFrame, manifests: Manifests) -> pd.DataFrame:
     """
     data = tidy(frame)
     data = data[(data["curve"] == "trained") & (data["mask"] == "binary") & (data["delta"] == "off")]
-    data = data.assign(setup=[_setup(run, manifests) for run in data["run_id"]])
+    data = data.assign(setup=[setup(run, manifests) for run in data["run_id"]])
     found = [_row(own, manifests) for _, own in data.groupby([*KEYS, "setup"])]
     if not found:
         raise ValueError("no runs at hand: run an experiment first, such as decomp-bench experiment run 000")
@@ -47,7 +47,7 @@ def model_table(frame: pd.DataFrame, manifests: Manifests) -> pd.DataFrame:
     return made.sort_values(order, ascending=rising, ignore_index=True).dropna(axis=1, how="all")
 
 
-def _setup(run: str, manifests: Manifests) -> str:
+def setup(run: str, manifests: Manifests) -> str:
     """A hash of what a run's config holds beside its seed and how it was executed."""
     config = dict(manifests.get(run, {}).get("config") or {"run": run})
     kept = {key: value for key, value in config.items() if key not in ("seed", "train")}

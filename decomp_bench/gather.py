@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from decomp_bench.errors import UserError
 from decomp_bench.files import write_json
+from decomp_bench.noise import write_noise
 from decomp_bench.registry import suggest
 from decomp_bench.runs import Run, runs_folder
 
@@ -167,7 +168,18 @@ def check_figures(names: Sequence[str], where: str) -> None:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw every figure of a results folder into its figures/, and write the tables that go with them beside the results."""
+    """Draw every figure of a results folder into its figures/, and write the tables that go with them beside the results.
+
+    Among them, where several seeds were run, how far they fall apart. Raises UserError where there is nothing to draw.
+    """
+    try:
+        write_noise(folder, _manifest(folder).get("runs", {}))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return _figures(folder)
+
+
+def _figures(folder: Path) -> list[Path]:
     import pandas as pd
 
     from decomp_bench import analysis, results

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from decomp_bench.checkpoint import write_tensors
 from decomp_bench.config import MethodConfig, TrainConfig
@@ -28,6 +27,7 @@ from decomp_bench.data.streams import ActivationStream, SequenceStream, iterate
 from decomp_bench.decomposer import Batch, Decomposer
 from decomp_bench.divergence import NORM, Watch, gradient_norm
 from decomp_bench.errors import UserError
+from decomp_bench.flops import counted
 from decomp_bench.replacement import clean_points
 
 CHECKPOINT, SNAPSHOT, STATE, LAST_GOOD = "checkpoint", "checkpoint_two_thirds", "state", "checkpoint_last_good"
@@ -341,9 +341,7 @@ def clone(decomposer: Decomposer) -> Decomposer:
 
 def _flops(decomposer: Decomposer, batch: Batch) -> float:
     """FLOPs of one step's products, counted on a copy: counting swaps some operations for others that round differently."""
-    with FlopCounterMode(display=False) as counter:
-        torch.stack([term.float() for term in decomposer.loss(batch, 0.0).values()]).sum().backward()
-    return float(counter.get_total_flops())
+    return counted(lambda: torch.stack([term.float() for term in decomposer.loss(batch, 0.0).values()]).sum().backward())
 
 
 def _positions(batch: Batch) -> int:

@@ -1,4 +1,4 @@
-"""experiment list|show|run|status|new, and plot."""
+"""experiment list|show|run|smoke|status|new, and plot."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ if __name__ == "__main__":
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="Experiments: list, show, run, status, new.", no_args_is_help=True, rich_markup_mode=None)
-    for command, name in ((list_, "list"), (show_, "show"), (run, "run"), (status, "status"), (new, "new")):
+    group = typer.Typer(help="Experiments: list, show, run, smoke, status, new.", no_args_is_help=True, rich_markup_mode=None)
+    for command, name in ((list_, "list"), (show_, "show"), (run, "run"), (smoke, "smoke"), (status, "status"), (new, "new")):
         group.command(name)(command)
     app.add_typer(group, name="experiment")
     app.command("plot")(plot)
@@ -242,6 +242,42 @@ def _show_measured(folder: Path) -> None:
         if rows:
             print(f"\n{name}, {analysis.measured_note(name)}")
             show(rows, False)
+
+
+def smoke(
+    names: Annotated[list[str] | None, typer.Argument(help="Numbers, names or folders; none: every experiment.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one for each core.", min=1)] = None,
+    keep: Annotated[Path | None, typer.Option(help="An empty folder that keeps the results; default: they are deleted.")] = None,
+    directory: Dir = None,
+) -> None:
+    """Run the smoke preset of every experiment, one after another and apart from all other results; exit 1 where one fails."""
+    import shutil
+    import tempfile
+
+    from decomp_bench import experiment
+    from decomp_bench.cli.display import duration
+    from decomp_bench.smoke import Smoked
+    from decomp_bench.smoke import smoke as run_all
+
+    chosen = [experiment.load(name, directory) for name in names] if names else experiment.all_experiments(directory)
+    width = max((len(one.name) for one in chosen), default=0)
+    folder = keep or Path(tempfile.mkdtemp(prefix="decomp-bench-smoke-"))
+
+    def line(one: Smoked) -> None:
+        print(f"{one.name:{width}}  {duration(one.seconds):>5}  {one.error or 'passed'}", flush=True)
+
+    try:
+        done = run_all(chosen, folder, line, workers)
+    except BaseException:  # it would begin again in another folder
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    failed = [one.name for one in done if one.error]
+    print(f"{len(done) - len(failed)} of {len(done)} experiments passed in {duration(sum(one.seconds for one in done))}")
+    if failed:
+        raise RunFailed(f"{', '.join(failed)}; what was printed and made is in {folder}")
+    if keep is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def status(

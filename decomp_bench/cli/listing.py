@@ -63,14 +63,47 @@ def targets(as_json: Json = False) -> None:
     show(known(), as_json)
 
 
-def metrics(as_json: Json = False) -> None:
-    """Every metric: its definition, unit and direction."""
+def metrics(
+    directory: Annotated[Path | None, typer.Option("--dir", help="Folder that holds experiments/ and results/.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every metric: its definition, unit, direction, and the reseed noise that results at hand show."""
     from decomp_bench.cli.display import show
     from decomp_bench.metrics import metric_catalogue
 
-    rows = metric_catalogue()
+    noise = _noise(directory)
+    rows = [{**row, "noise": noise.get(row["key"], [])} for row in metric_catalogue()]
+    if as_json:
+        show(rows, True)
+        return
     brief = ("key", "title", "unit", "direction", "formula", "version")
-    show(rows if as_json else [{name: row.get(name) for name in brief} for row in rows], as_json)
+    show([{name: row.get(name) for name in brief} | (_briefly(row["noise"]) if noise else {}) for row in rows], False)
+    if noise:
+        first = next(iter(noise.values()))[0]
+        print(
+            "\nreseed sd, and the smallest difference of two single runs and of two means of three seeds that it lets resolve (95%): all\n"
+            f"trained families together, {first['protocol']}, gates {first['gates']}, {first['results']} where it has the metric; "
+            "the rest: --json"
+        )
+
+
+def _noise(directory: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """What is known of reseed noise; nothing where there is no project here and none was named."""
+    from decomp_bench.experiment import experiments_folder
+    from decomp_bench.noise import known_noise
+
+    try:
+        folder = experiments_folder(directory)
+    except UserError:
+        if directory is not None:
+            raise
+        return {}
+    return known_noise(folder.parent)
+
+
+def _briefly(noise: list[dict[str, Any]]) -> dict[str, Any]:
+    names = {"sd": "reseed sd", "resolved_1": "1 seed", "resolved_3": "3 seeds"}
+    return {shown: noise[0][name] if noise else None for name, shown in names.items()}
 
 
 def measurements(as_json: Json = False) -> None:

@@ -27,15 +27,21 @@ def report(
     shown: Annotated[int, typer.Option("--components", help="Of a run: components shown, of all sites together; 0: none.", min=0)] = 256,
     directory: Dir = None,
 ) -> None:
-    """Write a page of an experiment, of a run with its components, or of the whole suite: one HTML file each."""
+    """Write a page of an experiment, of a run with its components, or of the whole suite: one HTML file each.
+
+    Without a name the tables of results/README.md are made again too.
+    """
     from decomp_bench.report.experiments import experiment_page, suite_page
 
     if not what:
         from decomp_bench.experiment import all_experiments, experiments_folder
+        from decomp_bench.report.summary import update
 
-        index, pages = suite_page(all_experiments(directory), experiments_folder(directory).parent)
-        for path in (*pages, index):
-            print(path)
+        known, root = all_experiments(directory), experiments_folder(directory).parent
+        index, pages = suite_page(known, root)
+        for path in (*pages, index, update(root, known)):
+            if path is not None:
+                print(path)
         return
     for name in what:
         found = _experiment(name, directory)

@@ -10,12 +10,17 @@ from markupsafe import Markup, escape
 SECTION = re.compile(r"^\*\*([A-Z][A-Za-z ]*)\.\*\*\s*", re.MULTILINE)
 
 
-def sections(path: Path) -> dict[str, Markup]:
-    """Section -> HTML of a file in which sections begin with `**Name.**`; empty where there is no file."""
+def texts(path: Path) -> dict[str, str]:
+    """Section -> Markdown of a file in which sections begin with `**Name.**`; empty where there is no file."""
     text = path.read_text() if path.is_file() else ""
     starts = list(SECTION.finditer(text))
     ends = [start.start() for start in starts[1:]] + [len(text)] * bool(starts)
-    return {start[1]: html(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)}
+    return {start[1]: text[start.end() : end] for start, end in zip(starts, ends, strict=True)}
+
+
+def sections(path: Path) -> dict[str, Markup]:
+    """Section -> HTML, as `texts`."""
+    return {name: html(text) for name, text in texts(path).items()}
 
 
 def html(text: str) -> Markup:

@@ -67,3 +67,20 @@ def test_a_run_by_the_beginning_of_its_id(bench, project):
     assert len([1 for tag, _ in page.tags if tag == "article"]) == 5
     assert bench("report", str(run.path), "--components", "0").code == 0
     assert sound(path).tags
+
+
+def test_the_report_of_everything_makes_the_tables_of_the_summary_again(bench, project):
+    (project / "experiments" / "007_something" / "config.yaml").write_text(yaml.safe_dump({"title": "Title", "script": "own.py"}))
+    folder = project / "results" / "007_something" / "default"
+    folder.mkdir(parents=True)
+    (folder / "rates.csv").write_text("name,rate\na,12.5\n")
+    page = project / "results" / "README.md"
+    page.write_text("Prose.\n\n<!-- table: file 007_something/default/rates.csv name rate -->\n<!-- end -->\n")
+    result = bench("report")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == str(page)
+    assert "| a | 12.5 |" in page.read_text()
+    page.write_text(page.read_text().replace("file 007", "absent 007"))
+    result = bench("report")
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1)
+    assert "no table 'absent'" in result.err
