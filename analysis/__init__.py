@@ -10,6 +10,7 @@ from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
+from .toys import toy_figures
 from .typeset import latex, markdown
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "save",
     "styles",
     "table",
+    "toy_figures",
 ]

@@ -164,7 +164,7 @@ def _recovered(frame: pd.DataFrame) -> list[str]:
 
     found = compute_recovered(frame[(frame["curve"] == "trained") & (frame["gates"] == "clean") & (frame["layer"] == "all")])
     known = found[found["value"].notna() & (found["site"] == "all")]
-    shares = [f"{row.protocol} {row.value:.1%} ({row.lo:.1%} to {row.hi:.1%})" for row in known.itertuples()]
+    shares = [f"{row['protocol']} {row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})" for row in known.to_dict("records")]
     return [f"compute recovered, of the target's training (clean gates): {', '.join(shares)}"] if shares else []
 
 

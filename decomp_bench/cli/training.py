@@ -198,8 +198,8 @@ def align(
         return
     show(_aligned(frame), False)
     print("alike: 1 is the same, (in brackets) what chance gives; matched: one to one; shared: at least 0.7 alike with the partner")
-    outputs = frame[frame["aspect"] == "output"]
-    print("; ".join(f"{row.measure.replace('_', ' ')} {row.value:.4g}" for row in outputs.itertuples()))
+    outputs = frame[frame["aspect"] == "output"].to_dict("records")
+    print("; ".join(f"{row['measure'].replace('_', ' ')} {row['value']:.4g}" for row in outputs))
 
 
 def _aligned(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -207,9 +207,9 @@ def _aligned(frame: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     heads = {"one_to_one": "matched", "nearest_first": "nearest of first", "nearest_second": "nearest of second", "shared": "shared"}
     for (site, aspect), group in frame[frame["aspect"] != "output"].groupby(["site", "aspect"], sort=False):
-        one = group.iloc[0]
-        cells = {row.measure: f"{row.value:.3f} ({row.null:.3f})" for row in group.itertuples()}
-        alive = f"{one['n_first']:.0f}, {one['n_second']:.0f}"
+        found = group.to_dict("records")
+        cells = {row["measure"]: f"{row['value']:.3f} ({row['null']:.3f})" for row in found}
+        alive = f"{found[0]['n_first']:.0f}, {found[0]['n_second']:.0f}"
         rows.append({"site": site, "alive": alive, "aspect": aspect, **{head: cells[key] for key, head in heads.items()}})
     return rows
 
