@@ -138,7 +138,7 @@ def _plane(sites: Sequence[Site], about: str) -> Figure:
     own_line = Line2D([], [], color=COLOURS[1], linewidth=0.8, marker="o", markersize=1.8)
     lines = [Line2D([], [], color=GREY, linewidth=2.6, alpha=0.45), own_line]
     text = f"The two hidden dimensions. Each component at the column of the feature that it is longest on. {about}"
-    finish(figure, height, [Entries("Vectors", lines, ["target's columns", "components"])], text, 0.42)
+    finish(figure, height, [Entries("Vectors", list(lines), ["target's columns", "components"])], text, 0.42)
     return figure
 
 

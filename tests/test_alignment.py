@@ -26,10 +26,10 @@ def spd(target, seed: int = 0, **config):
     return make("spd", target, seed, **{"components": COMPONENTS, "init": "random", "gate_hidden": (8,), "gate": "shared", **config})
 
 
-def measured(frame, aspect: str | None = None):
+def measured(frame):
     """(aspect, measure) -> value and null over all sites."""
     whole = frame[frame["site"] == "all"]
-    return {(row.aspect, row.measure): (row.value, row.null) for row in whole.itertuples() if aspect in (None, row.aspect)}
+    return {(str(row["aspect"]), str(row["measure"])): (float(row["value"]), float(row["null"])) for row in whole.to_dict("records")}
 
 
 def same(frame) -> None:
