@@ -46,9 +46,9 @@ def toy_figures(found: Mapping[str, Any]) -> dict[str, Figure]:
             key = name if len(own) <= size else f"{name}_{number + 1}"
             with plain():
                 made[key] = draw(own[start : start + size], found["about"])
-    if found["neurons"]:
+    if found["by_neuron"]:
         with plain():
-            made["neuron_contributions"] = _contributions(found["neurons"], found["about"])
+            made["neuron_contributions"] = _contributions(found["by_neuron"], found["about"])
     return made
 
 

@@ -30,7 +30,7 @@ def look(decomposer: Decomposer) -> dict[str, Any] | None:
     sites = [_site(decomposer, site, importance.get(site.name)) for site in decomposer.sites if site.n <= 4 * LARGEST]
     neurons = [found for layer in decomposer.layers if (found := _neurons(decomposer, layer)) is not None]
     about = f"Target {target.uri} ({target.identity[:8]}), {decomposer.family} {decomposer.variant}, seed {decomposer.seed}."
-    return {"about": about, "sites": sites, "neurons": neurons}
+    return {"about": about, "sites": sites, "by_neuron": neurons}
 
 
 def _site(decomposer: Decomposer, site: Site, importance: Tensor | None) -> dict[str, Any]:

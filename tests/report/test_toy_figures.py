@@ -71,7 +71,7 @@ def test_figures_fit_a_column_and_say_what_they_show(planted):
         texts = [axes.title for axes in figure.axes] + [label for axes in figure.axes for label in axes.get_xticklabels()]
         assert min(text.get_fontsize() for text in texts) >= 6
     neurons = [{"layer": 0, "target": [0.0, 1.0], "components": [0.1, 0.9], "correlation": 1.0}]
-    assert set(toy_figures({**found, "sites": [], "neurons": neurons})) == {"neuron_contributions"}
+    assert set(toy_figures({**found, "sites": [], "by_neuron": neurons})) == {"neuron_contributions"}
 
 
 def test_a_target_without_known_features_has_none(lm, toy):
