@@ -12,6 +12,7 @@ from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points
 from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
+from .toys import toy_figures
 from .typeset import latex, markdown
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "seed_noise",
     "styles",
     "table",
+    "toy_figures",
 ]

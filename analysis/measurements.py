@@ -151,6 +151,7 @@ DRAWN: dict[str, Callable[[pd.DataFrame], dict[str, Figure]]] = {
     "jacobian": _jacobian,
     "autointerp": _autointerp,
     "robustness": robustness.figures,
+    "mass_ablation": robustness.mass_figures,
 }
 TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
     "controls": control_rows,
@@ -163,6 +164,7 @@ TABLED: dict[str, Callable[[pd.DataFrame], Sequence[Mapping[str, object]]]] = {
         read(frame, "at", "component"), "autointerp_detection", "autointerp_detection_gain", "all", "components"
     ),
     "robustness": robustness.table,
+    "mass_ablation": robustness.mass_table,
 }
 
 
@@ -170,6 +172,7 @@ CONCEPTS = "over all that was measured; brackets: 95%; gain: above the mean of r
 NOTES = {
     "robustness": "error a token under each kind of mask, after some steps of an adversary, and of the summed weights (relative)",
     "controls": "brackets: 95%; tells: better than the control and the intervals apart; fooled: worse and apart; blind: not apart",
+    "mass_ablation": "error a token with every component on but a share of the inactive ones; any: as many of all off instead",
     "tails": "what lies beyond so many of a token's largest components, mean over sites",
 }
 

@@ -14,6 +14,7 @@ from .points import tidy
 from .tracks import Axis, tracks
 
 KL, MSE = "robustness_kl", "robustness_mse"
+MASS = ("mass_kl", "mass_mse")
 SOURCES = "Masks g + (1 - g) r, g the gates of the clean pass; the dense remainder, where there is one, by r too."
 TEXTS = {
     "constant": f"Error of the masked model with one source r everywhere. {SOURCES} r = 1 lets everything through.",
@@ -24,6 +25,10 @@ TEXTS = {
     "aggregation": (
         "Rise of the error when all components that are active at some other positions are turned on beside the gates (filled), and as "
         "many random components of like frequency (lighter, hollow)."
+    ),
+    "mass": (
+        "Error of the model with every component on but, at each position, a growing random share of those that are inactive there "
+        "(filled), or as many of any (lighter, hollow). Without the dense remainder."
     ),
 }
 TABLE = ("importance", "unmasked", "stochastic", "random", "dropped", "zero")
@@ -36,9 +41,9 @@ def _test(frame: pd.DataFrame, name: str) -> Measurements | None:
     return read(frame[own.to_numpy()], "at") if own.any() else None
 
 
-def _error(found: Measurements) -> Axis:
-    is_lm = (found.data["metric"] == KL).any()
-    return Axis(KL, "KL (nats/token)", True) if is_lm else Axis(MSE, "Mean squared error", True)
+def _error(found: Measurements, keys: tuple[str, str] = (KL, MSE)) -> Axis:
+    is_lm = (found.data["metric"] == keys[0]).any()
+    return Axis(keys[0], "KL (nats/token)", True) if is_lm else Axis(keys[1], "Mean squared error", True)
 
 
 def _caption(found: Measurements, name: str) -> str:
@@ -89,3 +94,30 @@ def table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
 
 def _number(points: pd.DataFrame, entry: tuple) -> str:
     return f"{points.loc[entry]['mean']:.3g}" if entry in points.index else "-"
+
+
+# ---- growing sets of components switched off
+
+
+def mass_figures(frame: pd.DataFrame) -> dict[str, Figure]:
+    """The error along the share of inactive components that are off; none where the test is trivial for every family."""
+    found = _test(frame, "mass")
+    if found is None:
+        return {}
+    x = Axis("at", "Share of the inactive that is off")
+    return {"mass_ablation": tracks(found, x, _error(found, MASS), "documents", _caption(found, "mass"), controls=True)}
+
+
+def mass_table(frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
+    """One row for each family: the error by the share that is off, and with as many of any component off at half."""
+    found = _test(frame, "mass")
+    if found is None:
+        return []
+    metric = _error(found, MASS).metric
+    shares = sorted(set(found.data["at"]), key=float)
+    rows = []
+    for entry in ordered(found.of(metric, "documents", at=shares[-1])):
+        cells = {f"off {share}": _number(found.of(metric, "documents", at=share), entry) for share in shares}
+        controls = found.of(metric, "documents", control=True, at=shares[len(shares) // 2])
+        rows.append({"family": entry[0], **cells, f"any off {shares[len(shares) // 2]}": _number(controls, entry)})
+    return rows

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from decomp_bench.api import evaluate_run, load_results, load_run, load_target, run_experiment, train_run
+    from decomp_bench.api import align_runs, evaluate_run, load_results, load_run, load_target, run_experiment, train_run
     from decomp_bench.decomposer import Decomposer
 
 __version__ = "0.1.0"
-__all__ = ["Decomposer", "evaluate_run", "load_results", "load_run", "load_target", "run_experiment", "train_run"]
+__all__ = ["Decomposer", "align_runs", "evaluate_run", "load_results", "load_run", "load_target", "run_experiment", "train_run"]
 
 
 def __getattr__(name: str) -> Any:

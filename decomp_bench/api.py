@@ -50,6 +50,21 @@ def evaluate_run(run: Run | str, *, again: bool = False, progress: Progress | No
     return _done(execute([config.model_copy(update={"eval": changed})], "resume", "", progress, mode)[0]).results()
 
 
+def align_runs(
+    first: Run | str, second: Run | str, *, tokens: int = 20_000, seed: int = 0, progress: Progress | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """Whether two trained runs on one target found the same components and compute the same: `decomp_bench.alignment.align`, on the
+    first's held-out data."""
+    from decomp_bench import data, targets
+    from decomp_bench.alignment import align
+
+    runs = [load_run(one) if isinstance(one, str) else one for one in (first, second)]
+    config = runs[0].config
+    target = targets.load(config.target)
+    sides = [one.load(target if one.config.target == config.target else None) for one in runs]
+    return align(sides[0], sides[1], data.source(target, config.data), tokens, config.eval.split, seed, progress)
+
+
 def load_run(prefix: str) -> Run:
     """The run whose id starts with this, or whose folder it is."""
     from decomp_bench.runs import find

@@ -134,10 +134,20 @@ def contribution_correlation(
     Component c of the map into the neurons responds with feature[c, i] neurons[c]; `summed` is the effect of all components of the map out
     of them together. For each feature the component with the largest single contribution stands.
     """
+    return float(torch.corrcoef(contributions(response, effect, feature, neurons, summed).double())[0, 1])
+
+
+def contributions(
+    response: Float[Tensor, "f n"],
+    effect: Float[Tensor, "f n"],
+    feature: Float[Tensor, "C f"],
+    neurons: Float[Tensor, "C n"],
+    summed: Float[Tensor, "f n"],
+) -> Float[Tensor, "2 f*n"]:
+    """What is correlated there: the target's contributions, and those of the component that stands for each feature."""
     each = feature.T[:, :, None] * neurons * summed[:, None]
     best = each[torch.arange(len(each)), each.amax(2).argmax(1)]
-    pair = torch.stack([(response * effect).flatten(), best.flatten()]).double()
-    return float(torch.corrcoef(pair)[0, 1])
+    return torch.stack([(response * effect).flatten(), best.flatten()])
 
 
 # ---- hierarchies

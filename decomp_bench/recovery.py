@@ -64,16 +64,16 @@ def _measures(decomposer: Decomposer, truth: Truth, fired: Mapping[str, Tensor])
         elif site.name in truth.live:
             yield site.name, _counted(decomposer, site, fired[site.name] > 0, truth.live[site.name])
     soft = decomposer.at(mask="soft") if "mask" in decomposer.swept else decomposer
-    importance = {name: codes.gate for name, codes in _codes(soft, truth.probes).items()}
+    importance = {name: codes.gate for name, codes in codes_of(soft, truth.probes).items()}
     for site in decomposer.sites:
         if site.name in truth.pattern:
             yield site.name, _importances(importance[site.name], truth, site.name, generator)
     if truth.readout is not None:
         for layer in decomposer.layers:
-            yield str(layer), _contributions(decomposer, layer, truth, generator)
+            yield str(layer), _contributions(decomposer, layer, generator)
     if truth.parent is not None:
         rows = _drawn(decomposer)
-        for name, codes in _codes(decomposer, rows).items():
+        for name, codes in codes_of(decomposer, rows).items():
             yield name, _absorption(codes.active, rows > 0, truth.parent)
     if truth.hop is not None and truth.hop.layer in decomposer.layers:
         yield "all", _hop(decomposer, truth.hop)
@@ -85,8 +85,8 @@ def _drawn(decomposer: Decomposer) -> Tensor:
     return toy.draw(ROWS, torch.Generator().manual_seed(SEED)).to(decomposer.target.device)
 
 
-def _codes(decomposer: Decomposer, x: Tensor):
-    """Codes of every site on the clean activations of some rows."""
+def codes_of(decomposer: Decomposer, x: Tensor):
+    """Codes of every site on the clean activations of some rows of a toy."""
     clean, logits = decomposer.target.clean(x, clean_points(decomposer))
     return clean_codes(decomposer, Batch(x, None, None, clean, logits))
 
@@ -236,23 +236,31 @@ def _importances(importance: Float[Tensor, "f C"], truth: Truth, name: str, gene
     return {"ci_error": error(importance), "ci_error_null": sum(map(error, shuffled)) / NULLS}
 
 
-def _contributions(decomposer: Decomposer, layer: int, truth: Truth, generator: torch.Generator) -> dict[str, float]:
-    """Neuron contributions of a layer whose two maps are both decomposed into rank-one components."""
+def _contributions(decomposer: Decomposer, layer: int, generator: torch.Generator) -> dict[str, float]:
+    """Correlation of a layer's neuron contributions, and its null: random vectors in the components' place."""
+    parts = neuron_parts(decomposer, layer)
+    if parts is None:
+        return {}
+    response, effect, *own = parts
+    nulls = []
+    for _ in range(NULLS):
+        drawn = [torch.randn(v.shape, generator=generator) for v in own]
+        nulls.append(matching.contribution_correlation(response, effect, *drawn))
+    return {"contributions": matching.contribution_correlation(*parts), "contributions_null": sum(nulls) / NULLS}
+
+
+def neuron_parts(decomposer: Decomposer, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """What `matching.contributions` takes, of a layer whose two maps are both decomposed into rank-one components; None elsewhere."""
     up, down = f"{layer}.mlp.up", f"{layer}.mlp.down"
     sites = {site.name: site for site in decomposer.sites}
     pairs = [decomposer.directions(sites[p], Slot(p, p)) if p in sites else None for p in (up, down)]
-    if pairs[0] is None or pairs[1] is None or truth.readout is None:
-        return {}
-    known, target, readout = truth.mechanisms[up, up], decomposer.target, truth.readout.cpu()
+    target = decomposer.target
+    if pairs[0] is None or pairs[1] is None or target.toy is None or target.toy.truth.readout is None:
+        return None
+    known, readout = target.toy.truth.mechanisms[up, up], target.toy.truth.readout.cpu()
     (read, neurons), (hidden, write) = ([value.detach().cpu().float() for value in pair] for pair in pairs)  # type: ignore[union-attr]
     effect = readout @ target.weight(down).cpu()
-    feature, summed = read @ known.basis.cpu().T, readout @ (write.T @ hidden)
-    value = matching.contribution_correlation(known.vectors.cpu(), effect, feature, neurons, summed)
-    nulls = []
-    for _ in range(NULLS):
-        drawn = [torch.randn(v.shape, generator=generator) for v in (feature, neurons, summed)]
-        nulls.append(matching.contribution_correlation(known.vectors.cpu(), effect, *drawn))
-    return {"contributions": value, "contributions_null": sum(nulls) / NULLS}
+    return known.vectors.cpu(), effect, read @ known.basis.cpu().T, neurons, readout @ (write.T @ hidden)
 
 
 def _absorption(active: Bool[Tensor, "rows C"], on: Bool[Tensor, "rows f"], parent: Tensor) -> dict[str, float]:

@@ -13,6 +13,8 @@ from decomp_bench.cli.training import Json
 from decomp_bench.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from decomp_bench.runs import Run
 
 
@@ -180,11 +182,23 @@ def show_run(run: Annotated[str, typer.Argument(help="An id, or its beginning.")
     for line in _lines(found, manifest):
         print(line)
     if found.evaluated:
-        summary(found.results())
+        summary(frame := found.results())
+        for line in _recovered(frame):
+            print(line)
     elif found.trained:
         print(f"next: decomp-bench eval {found.id}")
     else:
         print(f"next: {found.resume_command}")
+
+
+def _recovered(frame: pd.DataFrame) -> list[str]:
+    """The run's own points on the training curve of its target, one line; none where no curve was kept."""
+    from decomp_bench.training_curve import compute_recovered
+
+    found = compute_recovered(frame[(frame["curve"] == "trained") & (frame["gates"] == "clean") & (frame["layer"] == "all")])
+    known = found[found["value"].notna() & (found["site"] == "all")]
+    shares = [f"{row['protocol']} {row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})" for row in known.to_dict("records")]
+    return [f"compute recovered, of the target's training (clean gates): {', '.join(shares)}"] if shares else []
 
 
 def _lines(run: Run, manifest: dict[str, Any]) -> list[str]:

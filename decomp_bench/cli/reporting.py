@@ -1,4 +1,4 @@
-"""report."""
+"""report, cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decomp_bench.cli.experiments import Dir
+from decomp_bench.cli.training import Json
 from decomp_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
+    """Add the commands to the application."""
     app.command("report")(report)
+    app.command("cluster")(cluster)
 
 
 def report(
@@ -75,3 +77,45 @@ def _experiment(name: str, directory: Path | None) -> Experiment | None:
             raise
         return None
     return next((one for one in known if name in (one.name, one.name[:3], one.name[4:])), None)
+
+
+SHOWN, NAMED = 20, 8
+"""Clusters and members that are printed at most."""
+
+
+def cluster(
+    run: Annotated[str, typer.Argument(help="A run with a checkpoint.")],
+    tokens: Annotated[int, typer.Option(help="Held-out tokens; time grows with them and with the cube of the components.", min=1)] = 4096,
+    alpha: Annotated[float, typer.Option(help="Bits for each member of an active cluster: smaller makes larger clusters.", min=0)] = 1.0,
+    threshold: Annotated[float, typer.Option(help="Gate above which a component is active.", min=0, max=1)] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="Write all clusters to this .json file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Group a run's components by where they are active together, as far as that shortens the description."""
+    from decomp_bench import data, targets
+    from decomp_bench.cli.display import Line, show
+    from decomp_bench.clustering import cluster as clusters
+    from decomp_bench.files import write_json
+    from decomp_bench.runs import find
+
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out takes a .json file; got '{out}'")
+    config = (found := find(run)).config
+    target = targets.load(config.target)
+    decomposer, source = found.load(target), data.source(target, config.data)
+    with Line() as line:
+        made = clusters(decomposer, source, tokens, alpha, threshold, config.eval.split,
+                        lambda done, parts: line({"phase": "merging", "step": done, "steps": parts}))  # fmt: skip
+    if out is not None:
+        write_json(made, out)
+    if as_json:
+        show([made], True)
+        return
+    rows = [{"members": len(one["members"]), "density": one["density"], "of": _named(one["members"])} for one in made["clusters"][:SHOWN]]
+    show(rows, False)
+    count, bits = len(made["clusters"]), f"{made['bits_before']:.4g} to {made['bits_after']:.4g} bits a position"
+    print(f"{made['components']} components in {count} clusters, {bits}, at {made['positions']:,} positions")
+
+
+def _named(members: list[str]) -> str:
+    return ", ".join(members[:NAMED]) + (f", and {len(members) - NAMED} more" if len(members) > NAMED else "")

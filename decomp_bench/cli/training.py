@@ -1,4 +1,4 @@
-"""train, eval, compare, audit."""
+"""train, eval, compare, align, audit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such a
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command, name in ((train, "train"), (evaluate, "eval"), (compare, "compare"), (audit, "audit")):
+    for command, name in ((train, "train"), (evaluate, "eval"), (compare, "compare"), (align, "align"), (audit, "audit")):
         app.command(name)(command)
 
 
@@ -173,6 +173,45 @@ def compare(
     if not as_json:
         print(f"{', '.join(run.id for run in sides[1])} minus {', '.join(run.id for run in sides[0])}")
     show(json.loads(rows.to_json(orient="records")), as_json)
+
+
+def align(
+    first: Annotated[str, typer.Argument(help="A run.")],
+    second: Annotated[str, typer.Argument(help="Another of the same target, with components at the same places.")],
+    tokens: Annotated[int, typer.Option(help="Held-out tokens, of the first run's data, that activity is compared on.", min=1)] = 20_000,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this .parquet or .csv file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether two runs found the same components, by their vectors and by their activity, and compute the same."""
+    from decomp_bench.api import align_runs
+    from decomp_bench.cli.display import Line, show
+    from decomp_bench.results import write
+
+    if out is not None and out.suffix not in (".parquet", ".csv"):
+        raise UserError(f"--out takes a .parquet or .csv file; got '{out}'")
+    with Line() as line:
+        frame = align_runs(first, second, tokens=tokens, progress=line)
+    if out is not None:
+        write(frame, out)
+    if as_json:
+        show(json.loads(frame.to_json(orient="records")), True)
+        return
+    show(_aligned(frame), False)
+    print("alike: 1 is the same, (in brackets) what chance gives; matched: one to one; shared: at least 0.7 alike with the partner")
+    outputs = frame[frame["aspect"] == "output"].to_dict("records")
+    print("; ".join(f"{row['measure'].replace('_', ' ')} {row['value']:.4g}" for row in outputs))
+
+
+def _aligned(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row for each site and aspect."""
+    rows = []
+    heads = {"one_to_one": "matched", "nearest_first": "nearest of first", "nearest_second": "nearest of second", "shared": "shared"}
+    for (site, aspect), group in frame[frame["aspect"] != "output"].groupby(["site", "aspect"], sort=False):
+        found = group.to_dict("records")
+        cells = {row["measure"]: f"{row['value']:.3f} ({row['null']:.3f})" for row in found}
+        alive = f"{found[0]['n_first']:.0f}, {found[0]['n_second']:.0f}"
+        rows.append({"site": site, "alive": alive, "aspect": aspect, **{head: cells[key] for key, head in heads.items()}})
+    return rows
 
 
 def audit(

@@ -14,7 +14,7 @@ from decomp_bench.provenance import file_hash
 if TYPE_CHECKING:
     from decomp_bench.runs import Run
 
-VERSION = 1
+VERSION = 2
 FILE = "components.json"
 
 
@@ -47,6 +47,7 @@ def compute(run: Run, settings: Settings, progress: Callable[[dict[str, Any]], N
 
     from decomp_bench import data, targets
     from decomp_bench.report.survey import survey
+    from decomp_bench.report.toy import look
 
     if not run.trained:
         raise UserError(f"run {run.id} has no checkpoint ({run.status}); continue it: {run.resume_command}")
@@ -55,7 +56,8 @@ def compute(run: Run, settings: Settings, progress: Callable[[dict[str, Any]], N
     target = targets.load(config.target)
     source = data.source(target, config.data)
     found = {"version": VERSION, "checkpoint": _weights(run), "settings": asdict(settings)}
-    found |= survey(run.load(target), source, config.eval.split, settings, progress)
+    decomposer = run.load(target)
+    found |= survey(decomposer, source, config.eval.split, settings, progress) | {"toy": look(decomposer)}
     write_text(json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n", run.path / FILE)
     return found
 

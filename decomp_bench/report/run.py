@@ -64,7 +64,18 @@ def run_page(run: Run, settings: components.Settings | None, progress: Callable[
         config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         facts=provenance.facts([manifest], frame),
         components=found and _shown(found),
+        pictures=_pictures(run, found["toy"]) if found and found["toy"] else [],
     )
+
+
+def _pictures(run: Run, looked: dict[str, Any]) -> list[figures.Picture]:
+    """The figures of a run on a toy, also written as files into `figures/` of its folder."""
+    from decomp_bench import analysis
+
+    folder = run.path / "figures"
+    for name, figure in analysis.toy_figures(looked).items():
+        analysis.save(figure, folder / name)
+    return figures.pictures(folder)
 
 
 def _distinct(frame: pd.DataFrame, *columns: str) -> str:

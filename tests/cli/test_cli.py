@@ -55,6 +55,8 @@ def test_the_package_imports_no_torch():
         (("show", "absent"), "no run 'absent'"),
         (("eval", "absent"), "no run 'absent'"),
         (("compare", "a", "b"), "no run 'a'"),
+        (("align", "a", "b"), "no run 'a'"),
+        (("align", "a", "b", "--out", "x.txt"), "--out takes a .parquet or .csv file"),
         (("audit", "absent"), "no run 'absent'"),
         (("runs", "rm", "absent"), "no run 'absent'"),
         (("experiment", "run", "011"), "--dir"),
@@ -120,6 +122,19 @@ def test_compare_gives_paired_intervals(bench):
     result = bench("compare", one.id, two.id, "--bootstrap", "50", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)
+
+
+def test_align_shows_and_writes_what_two_runs_have_in_common(bench, tmp_path):
+    assert bench("train", "probe_cli", *TOY, "--set", "method.k=2,3", *SMALL, "--no-eval").code == 0
+    one, two = runs.all_runs()
+    result = bench("align", one.id, two.id, "--tokens", "200", "--out", "same.csv")
+    assert result.code == 0, result.err
+    assert "nearest of second" in result.out
+    assert "mse first second" in result.out
+    written = (tmp_path / "same.csv").read_text().splitlines()
+    rows = json.loads(bench("align", one.id, two.id, "--tokens", "200", "--json").out)
+    assert written[0].split(",") == list(rows[0]) == ["site", "aspect", "measure", "value", "null", "n_first", "n_second"]
+    assert len(written) == len(rows) + 1
 
 
 def test_audit_notices_a_changed_checkpoint(bench):
