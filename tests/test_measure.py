@@ -58,8 +58,8 @@ def project(place, monkeypatch):  # noqa: F811
     return place
 
 
-def write(folder, **measure):
-    runs = [{**CONFIG["runs"][0]}]
+def write(folder, *, condition=None, **measure):
+    runs = [{**CONFIG["runs"][0], **({"condition": condition} if condition else {})}]
     presets = {"laptop": {}, "smoke": {"measure": {"probing": {"factor": 5.0}}}}
     config = {**CONFIG, "runs": runs, "measure": measure, "presets": presets}
     (folder / "experiments" / FILE).write_text(yaml.safe_dump(config))
@@ -91,6 +91,15 @@ def test_rows_of_every_run_are_gathered_with_the_columns_of_the_results(project)
     assert results.unfolded(own)[["concept", "factor"]].drop_duplicates().to_numpy().tolist() == [["a b", "1"]]
     assert len(frame[frame["run_id"] == ""]) == 1  # what is about the target is there once
     assert (project / "results" / "007_something" / "toy-resid_mlp1" / "probing.csv").is_file()
+
+
+def test_what_tells_runs_apart_tells_their_measured_rows_apart(project):
+    write(project, condition={"taught": "with {k}"}, probing={})
+    run()
+    run()  # gathered again, from rows that say it already
+    own = rows(project)[lambda frame: frame["metric"] == "probe"]
+    assert sorted(family.partition(", ")[2] for family in own["family"]) == ["with 1", "with 2"]
+    assert set(results.unfolded(own)["concept"]) == {"a b"}  # the measurement's own conditions stay
 
 
 def test_nothing_is_measured_twice_and_other_settings_are(project):

@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,15 +16,9 @@ SMALL = (*SMALL, "--set", "eval.tokens=320", "--set", "eval.batch=160", "--set",
 TOY = ("--target", "toy:resid_mlp1")
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = "import sys, decomp_bench.cli; print([m for m in ('torch', 'pandas', 'pydantic', 'numpy', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    best = 9.0
-    for _ in range(3):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", "from decomp_bench.cli import main; main(['--help'])"], capture_output=True, check=True)
-        best = min(best, time.monotonic() - began)
-    assert best < 1.0  # 0.13 s on a quiet machine
 
 
 def test_the_package_imports_no_torch():
