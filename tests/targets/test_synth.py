@@ -48,3 +48,12 @@ def test_matched_cosine_is_the_mean_correlation_coefficient_of_sae_lens(world):
     found = directions.abs() + 0.1  # no cosine of these with any other is negative
     cosine = matching.cosines(found, directions.abs())
     assert matching.matched_cosine(cosine) == pytest.approx(mean_correlation_coefficient(found, directions.abs()), abs=1e-5)
+
+
+def test_random_directions_of_the_same_seed_are_not_the_features(world):
+    """They were: the generator of sae-lens and a decomposer of equal seed draw the same normal numbers."""
+    drawn = torch.nn.functional.normalize(torch.randn(60, 32, generator=torch.Generator().manual_seed(3)), dim=1)
+    nearest = (drawn @ world[1]["directions"].T).abs().max(1).values
+    assert nearest.max() < 0.9
+    same = Synth(**{**SMALL.__dict__, "apart": 0}).train(3, lambda _done, _steps: None)[0]["directions"]
+    assert (drawn @ same.T).abs().max(1).values.min() > 0.9

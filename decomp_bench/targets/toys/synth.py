@@ -70,6 +70,8 @@ class Synth:
     trees: int = 8
     correlation_rank: int = 25
     rows: int = 262_144
+    apart: int = 1_000_000
+    """Added to the seed: a decomposer that starts from random directions would begin with the features themselves where its seed is theirs."""
 
     def train(self, seed: int, progress: Callable[[int, int], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The directions, and how many features are active."""
@@ -107,7 +109,7 @@ class Synth:
         from sae_lens.synthetic.synthetic_model import LowRankCorrelationConfig, OrthogonalizationConfig
 
         config = synthetic.SyntheticModelConfig(
-            self.features, self.hidden, seed=seed, bias=False,
+            self.features, self.hidden, seed=self.apart + seed, bias=False,
             firing_probability=synthetic.ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
             hierarchy=synthetic.HierarchyConfig(self.trees, 4, 3, mutually_exclusive_portion=1.0, compensate_probabilities=True),
             orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
