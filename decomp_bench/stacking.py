@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from decomp_bench.training import Training, learning_rate
 WORTH_COMPILING = 12_000
 """Steps, those of all runs of a stack together, from which on the minute that compiling takes is soon won back."""
 Terms = dict[str, Tensor]
+Losses = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Tensor, Terms, Terms]]
 
 
+@runtime_checkable
 class StackedLoss(Protocol):
     """The losses of several decomposers of one config and target, computed together.
 
@@ -70,7 +72,7 @@ class Stacked:
     def __init__(self, runs: list[Training]) -> None:
         self.runs, head = runs, runs[0]
         self.loss = type(head.decomposer).stacked([run.decomposer for run in runs])
-        self.compute, self._tried = self.loss.compute, False
+        self._losses, self._tried = _losses_of(self.loss, self.runs[0]), False
         self.optimiser = _stacked_optimiser(runs)
         names = {id(parameter): name for name, parameter in head.decomposer.named_parameters()}
         pairs = zip(_parameters(head.optimiser), _parameters(self.optimiser), strict=True)
@@ -107,8 +109,8 @@ class Stacked:
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * rate
         self.optimiser.zero_grad(set_to_none=True)
-        total, terms, statistics = self._losses(inputs)
-        total.sum().backward()
+        total, terms, statistics = self._losses(self.weights, inputs)
+        total.backward()
         logging = (step + 1) % head.train_config.log_every == 0 or step + 1 == head.config.steps
         for i, group in enumerate(self.optimiser.param_groups):
             if group["clip"] is not None or logging:
@@ -118,13 +120,7 @@ class Stacked:
         self.optimiser.step()
         for run in self.runs:
             run.decomposer.after_step(progress)
-        return _apart({"loss": total, **terms}), _apart(statistics)
-
-    def _losses(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Terms, Terms]:
-        head = self.runs[0]
-        with torch.autocast(head.device.type, torch.bfloat16, enabled=head.bf16):
-            terms, statistics = self.compute(self.weights, inputs)
-        return torch.stack([term.float() for term in terms.values()]).sum(0), terms, statistics
+        return _apart(terms), _apart(statistics)
 
     def _try_compiling(self, inputs: Mapping[str, Tensor], steps: int) -> None:
         """Compile the loss where that is asked for or will pay, once, and stay with the plain one where it cannot be done here."""
@@ -133,19 +129,34 @@ class Stacked:
             return
         import torch._dynamo  # takes seconds
 
+        plain = self._losses
         for name, dimension in self.loss.rows.items():
             torch._dynamo.mark_dynamic(inputs[name], dimension)
-        self.compute = torch.compile(self.loss.compute, fullgraph=True, options={"compile_threads": 1})
+        self._losses = torch.compile(plain, fullgraph=True, options={"compile_threads": 1})
         try:
-            self._losses(inputs)[0].sum().backward()
+            self._losses(self.weights, inputs)[0].backward()
         except Exception as error:
             text = str(error).strip().splitlines() or [""]
             warnings.warn(f"training goes on uncompiled ({type(error).__name__}: {text[0]}); it is slower", stacklevel=2)
-            self.compute = self.loss.compute
+            self._losses = plain
+
+
+def _losses_of(loss: StackedLoss, head: Training) -> Losses:
+    """A function of weights and inputs: the sum of all losses, and without gradients each run's terms, `loss` their sum, and statistics."""
+    device, bf16 = head.device.type, head.bf16
+
+    def losses(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Terms, Terms]:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            terms, statistics = loss.compute(weights, inputs)
+        total = torch.stack([term.float() for term in terms.values()]).sum(0)
+        terms = {"loss": total, **terms}
+        return total.sum(), {k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in statistics.items()}
+
+    return losses
 
 
 def _apart(values: Terms) -> dict[str, tuple[Tensor, ...]]:
-    return {name: value.detach().unbind() for name, value in values.items()}
+    return {name: value.unbind() for name, value in values.items()}
 
 
 def _stacked_optimiser(runs: list[Training]) -> torch.optim.Optimizer:

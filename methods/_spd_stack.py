@@ -20,7 +20,7 @@ from decomp_bench.decomposer import Batch, Point
 
 from ._gates import key_of
 from ._importance import LEAK
-from ._reconstruction import collapsed, rows_of
+from ._reconstruction import distinct_rows
 
 if TYPE_CHECKING:
     from ._spd_config import SPDConfig
@@ -43,21 +43,27 @@ def together(spd: SPD) -> int:
 
 
 class StackedSPD:
-    """A `StackedLoss`. Inputs: `x`, `y` and `weight` of the rows; `value` of the penalty where it is annealed; for each pass and masked map
-    the sources of masks, [S, rows, C], and of the remainder, [S, rows], named `PASS/POINT` and `PASS/POINT/delta`."""
+    """A `StackedLoss`. Inputs: `x`, `y` and `weight` of the rows; `uniforms` [S, numbers a row, rows], of which each masked map of a pass
+    has its own; `value` of a penalty that is annealed and `count` of the rows of a batch, where they are needed."""
 
     def __init__(self, members: Sequence[SPD]) -> None:
         self.members, head = list(members), members[0]
-        self.config, self.target, self.names = head.config, head.target, [site.name for site in head.sites]
+        self.config, self.target, self.points = head.config, head.target, head.points()
+        self.names, self.device = [site.name for site in head.sites], head.target.device
         self.own = {name: head._own[name] for name in self.names}
-        self.sizes = {site.name: site.n for site in head.sites}
         passes = {"stochastic": self.names} if self.config.stochastic else {}
         passes |= {f"layerwise {name}": [name] for name in self.names if self.config.layerwise}
-        self.passes: dict[str, list[Point]] = passes
-        self.rows = {"x": 0, "y": 0, "weight": 0}
+        self.passes: dict[str, dict[Point, slice]] = {}
+        """For each pass and masked map, where its components' uniform numbers lie; that of the remainder follows them."""
+        sizes, self.numbers = {site.name: site.n for site in head.sites}, 0
         for part, names in passes.items():
+            self.passes[part] = {}
             for name in names:
-                self.rows |= {f"{part}/{name}": 1} | ({f"{part}/{name}/delta": 1} if self.config.delta else {})
+                self.passes[part][name] = slice(self.numbers, self.numbers + sizes[name])
+                self.numbers += sizes[name] + int(self.config.delta)
+        smooth = self.config.penalty == "smooth_l0"
+        self.annealed = (self.config.gamma_end if smooth else self.config.p_end) is not None
+        self.rows = {"x": 0, "y": 0, "weight": 0, "uniforms": 2}
         self._map = _Maps(self)
         self.model = self._map.put_into(copy.deepcopy(self.target.module))
 
@@ -70,22 +76,22 @@ class StackedSPD:
 
     def prepare(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """See `decomp_bench.stacking`."""
-        head = self.members[0]
-        batch, rows = collapsed(batch, self.target, head.points()) if self.config.collapse else (batch, rows_of(batch, self.target))
         assert batch.x is not None
         assert batch.logits is not None
-        inputs = {"x": batch.x, "y": batch.logits, "weight": rows.weight, "count": torch.as_tensor(rows.count, device=batch.x.device)}
-        inputs["value"] = torch.as_tensor(head._penalty(progress).value, device=batch.x.device)
-        for part, names in self.passes.items():
-            for name in names:
-                inputs[f"{part}/{name}"] = self._draw(len(rows.weight), self.sizes[name])
-                if self.config.delta:
-                    inputs[f"{part}/{name}/delta"] = self._draw(len(rows.weight))
+        x, y, count = batch.x, batch.logits, len(batch.x)
+        kept = distinct_rows(batch, self.points) if self.config.collapse else None
+        if kept is None:
+            weight = torch.full((count,), 1 / count, device=self.device)
+        else:
+            index, weight = kept
+            x, y = x[index], y[index]
+        drawn = [member.uniforms.draw(self.numbers, len(weight), device=self.device) for member in self.members]
+        inputs = {"x": x, "y": y, "weight": weight, "uniforms": torch.stack(drawn)}
+        if self.annealed:
+            inputs["value"] = torch.tensor(self.members[0]._penalty(progress).value, device=self.device)
+        if self.config.beta:
+            inputs["count"] = torch.tensor(float(count), device=self.device)
         return inputs
-
-    def _draw(self, *shape: int) -> Tensor:
-        """Uniform numbers of a shape for each member, in the order in which it draws them alone."""
-        return torch.stack([member.uniforms.draw(*shape, device=self.target.device) for member in self.members])
 
     # ---- what is
 
@@ -129,8 +135,7 @@ class StackedSPD:
     def _minimality(self, z: Float[Tensor, "S C rows"], weight: Float[Tensor, " rows"], inputs: Mapping[str, Tensor]
                     ) -> Float[Tensor, " S"]:
         config, smooth = self.config, self.config.penalty == "smooth_l0"
-        constant, end = (config.gamma, config.gamma_end) if smooth else (config.p, config.p_end)
-        value = constant if end is None else inputs["value"]
+        value = inputs["value"] if self.annealed else config.gamma if smooth else config.p
         upper = torch.where(z > 1, 1 + LEAK * (z - 1), torch.relu(z))
         phi = upper.square() / (upper.square() + value * value) if smooth else (upper + config.p_eps).pow(value)
         mean = (phi * weight).sum(-1)
@@ -144,8 +149,8 @@ class StackedSPD:
                inputs: Mapping[str, Tensor]) -> Float[Tensor, " S"]:
         """Mean squared error of the output in one pass."""
         codes = {}
-        for name in self.passes[part]:
-            source, remainder = inputs[f"{part}/{name}"].mT, inputs.get(f"{part}/{name}/delta")
+        for name, place in self.passes[part].items():
+            source, remainder = inputs["uniforms"][:, place], inputs["uniforms"][:, place.stop] if self.config.delta else None
             codes[name] = (*parts[name], source + lower[name] * (1 - source), remainder)
         return (self._map.run(x, codes) - inputs["y"]).square().mean(-1) @ inputs["weight"]
 

@@ -33,6 +33,22 @@ def members(target, count: int = 3, **config) -> list[SPD]:
     return [SPD(chosen, target, tuple(range(target.layers)), seed) for seed in range(count)]
 
 
+def draw_alike(stack: StackedSPD, alone: SPD, stacked: SPD) -> None:
+    """Let both draw the same numbers: those of a step at once, and one by one in the order of the losses."""
+    drawn: list[torch.Tensor] = []
+
+    def whole(numbers: int, rows: int, device) -> torch.Tensor:
+        uniforms = torch.rand(numbers, rows, generator=torch.Generator().manual_seed(alone.seed))
+        for places in stack.passes.values():
+            for place in places.values():
+                drawn.append(uniforms[place].T)
+                drawn.extend([uniforms[place.stop]] if alone.config.delta else [])
+        return uniforms
+
+    stacked.uniforms.draw = whole
+    alone.uniforms.draw = lambda *shape, device: drawn.pop(0) if shape[0] else torch.empty(shape)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -47,6 +63,8 @@ def test_each_one_s_losses_statistics_and_gradients_are_its_own(config):
     alone, stacked = members(target, **config), members(target, **config)
     batch, progress = a_batch(alone[0], source, range(32)), 0.4
     stack = StackedSPD(stacked)
+    for one, other in zip(alone, stacked, strict=True):
+        draw_alike(stack, one, other)
     weights = {name: torch.stack([dict(one.named_parameters())[name].detach() for one in stacked]).requires_grad_()
                for name, _ in stacked[0].named_parameters()}  # fmt: skip
     terms, statistics = stack.compute(weights, stack.prepare(batch, progress))
