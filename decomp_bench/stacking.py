@@ -19,10 +19,10 @@ from decomp_bench.config import digest
 from decomp_bench.decomposer import Batch
 from decomp_bench.training import Training, learning_rate
 
-WORTH_COMPILING = 12_000
-"""Steps, those of all runs of a stack together, from which on the minute that compiling takes is soon won back."""
+WORTH_COMPILING = 8000
+"""Steps, those of all runs of a stack together, from which on the twenty seconds that compiling takes are won back."""
 Terms = dict[str, Tensor]
-Losses = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Tensor, Terms, Terms]]
+Losses = Callable[[Sequence[Tensor], Mapping[str, Tensor]], tuple[Tensor, Terms, Terms]]
 
 
 @runtime_checkable
@@ -72,11 +72,9 @@ class Stacked:
     def __init__(self, runs: list[Training]) -> None:
         self.runs, head = runs, runs[0]
         self.loss = type(head.decomposer).stacked([run.decomposer for run in runs])
-        self._losses, self._tried = _losses_of(self.loss, self.runs[0]), False
+        self._losses, self._tried = _losses_of(self.loss, head), False
         self.optimiser = _stacked_optimiser(runs)
-        names = {id(parameter): name for name, parameter in head.decomposer.named_parameters()}
-        pairs = zip(_parameters(head.optimiser), _parameters(self.optimiser), strict=True)
-        self.weights = {names[id(own)]: stacked for own, stacked in pairs}
+        self.weights = [group["params"][0] for group in self.optimiser.param_groups]
 
     @property
     def unfinished(self) -> bool:
@@ -114,7 +112,7 @@ class Stacked:
         logging = (step + 1) % head.train_config.log_every == 0 or step + 1 == head.config.steps
         for i, group in enumerate(self.optimiser.param_groups):
             if group["clip"] is not None or logging:
-                norms = _clipped(group["params"], group["clip"])
+                norms = _clipped(group["params"][0].grad, group["clip"])
                 for run, norm in zip(self.runs, norms.unbind(), strict=True):
                     run.norms[i] = norm
         self.optimiser.step()
@@ -144,8 +142,13 @@ class Stacked:
 def _losses_of(loss: StackedLoss, head: Training) -> Losses:
     """A function of weights and inputs: the sum of all losses, and without gradients each run's terms, `loss` their sum, and statistics."""
     device, bf16 = head.device.type, head.bf16
+    names = {id(parameter): name for name, parameter in head.decomposer.named_parameters()}
+    groups = [{names[id(one)]: one.shape for one in group["params"]} for group in _optimiser(head).param_groups]
 
-    def losses(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Terms, Terms]:
+    def losses(flat: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Terms, Terms]:
+        weights = {}
+        for stacked, shapes in zip(flat, groups, strict=True):
+            weights |= dict(zip(shapes, _parts(stacked, list(shapes.values())), strict=True))
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             terms, statistics = loss.compute(weights, inputs)
         total = torch.stack([term.float() for term in terms.values()]).sum(0)
@@ -160,50 +163,56 @@ def _apart(values: Terms) -> dict[str, tuple[Tensor, ...]]:
 
 
 def _stacked_optimiser(runs: list[Training]) -> torch.optim.Optimizer:
-    """One optimiser over the stacked parameters of all runs, whose own parameters and moments become slices of its."""
-    head = runs[0].optimiser
-    assert head is not None
-    stacked = [_stack(list(same)) for same in zip(*(_parameters(run.optimiser) for run in runs), strict=True)]
-    waiting, groups = iter(stacked), []
-    for group in head.param_groups:
-        groups.append({**group, "params": [next(waiting) for _ in group["params"]]})
+    """One optimiser over one parameter [runs, numbers] for each group, of which the runs' own parameters and moments become slices."""
+    head, groups = _optimiser(runs[0]), []
+    for i, group in enumerate(head.param_groups):
+        own = [_optimiser(run).param_groups[i]["params"] for run in runs]
+        groups.append({**group, "params": [nn.Parameter(torch.stack([_flat(parameters) for parameters in own]).detach())]})
     made = torch.optim.AdamW(groups)
-    for place, parameter in enumerate(stacked):
-        own = [_parameters(run.optimiser)[place] for run in runs]
-        kept = [run.optimiser.state[one] for run, one in zip(runs, own, strict=True)]  # type: ignore[union-attr]
-        made.state[parameter] = _stacked_state(parameter, kept)
-        for i, state in enumerate(kept):
-            state.update({key: value[i] if value.dim() else value for key, value in made.state[parameter].items()})
+    for i, group in enumerate(made.param_groups):
+        (stacked,) = group["params"]
+        states = [[_optimiser(run).state[one] for one in _optimiser(run).param_groups[i]["params"]] for run in runs]
+        made.state[stacked] = _stacked_state(stacked, states)
+        for place, run in enumerate(runs):
+            parameters = _optimiser(run).param_groups[i]["params"]
+            shapes = [parameter.shape for parameter in parameters]
+            for parameter, part in zip(parameters, _parts(stacked.detach()[place], shapes), strict=True):
+                parameter.data = part
+            for key, value in made.state[stacked].items():
+                parts = _parts(value[place], shapes) if value.dim() else [value] * len(shapes)
+                for state, part in zip(states[place], parts, strict=True):
+                    state[key] = part
     return made
 
 
-def _stack(own: list[nn.Parameter]) -> nn.Parameter:
-    """Parameters as one, of which they become slices."""
-    made = nn.Parameter(torch.stack([parameter.detach() for parameter in own]))
-    for parameter, part in zip(own, made.detach().unbind(), strict=True):
-        parameter.data = part
-    return made
+def _stacked_state(stacked: Tensor, states: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Adam's state of a stacked parameter: that of resumed trainings, or a new one."""
+    first = states[0][0]
+    if not first:
+        count = torch.zeros((), device=stacked.device)
+        return {"step": count, "exp_avg": torch.zeros_like(stacked), "exp_avg_sq": torch.zeros_like(stacked)}
+    moments = {key: torch.stack([_flat([state[key] for state in own]) for own in states]) for key, value in first.items() if value.dim()}
+    return {key: moments[key] if value.dim() else value.clone() for key, value in first.items()}
 
 
-def _stacked_state(parameter: Tensor, kept: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Adam's state of a stacked parameter: of a resumed training, or of a new one."""
-    if not kept[0]:
-        count = torch.zeros((), device=parameter.device)
-        return {"step": count, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    return {key: torch.stack([state[key] for state in kept]) if value.dim() else value.clone() for key, value in kept[0].items()}
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in values])
 
 
-def _parameters(optimiser: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    assert optimiser is not None
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def _parts(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Slices of [..., numbers] in these shapes."""
+    pieces = flat.split([shape.numel() for shape in shapes], -1)
+    return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _clipped(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """Norms [runs] of the gradients of each run, which are scaled down to the limit where there is one."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+def _optimiser(run: Training) -> torch.optim.Optimizer:
+    assert run.optimiser is not None
+    return run.optimiser
+
+
+def _clipped(gradient: Tensor, limit: float | None) -> Tensor:
+    """Norms [runs] of the gradients [runs, numbers], which are scaled down to the limit where there is one."""
+    norms = gradient.norm(dim=1)
     if limit is not None:
-        scale = (limit / (norms + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        gradient.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None])
     return norms
