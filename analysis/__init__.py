@@ -9,7 +9,7 @@ from .model_table import model_table
 from .noise import EVERY as EVERY_FAMILY
 from .noise import noise_markdown, seed_noise
 from .pareto import pareto, paretos
-from .points import PROTOCOLS, Points, View, points
+from .points import PROTOCOLS, Points, View, points, told_apart
 from .style import Style, styles
 from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
 from .toys import toy_figures
@@ -48,5 +48,6 @@ __all__ = [
     "seed_noise",
     "styles",
     "table",
+    "told_apart",
     "toy_figures",
 ]

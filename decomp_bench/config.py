@@ -118,6 +118,8 @@ class TrainConfig(Config):
     save_every: PositiveInt = 200
     """Steps between resume states."""
     wandb: Literal["off", "offline", "online"] = "off"
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the batched step of runs that differ in their seed only, where a method has one. auto: where it is soon won back."""
 
 
 class RunConfig(Config):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,6 +25,7 @@ from decomp_bench.errors import UserError
 
 if TYPE_CHECKING:
     from decomp_bench.replacement import Replaced
+    from decomp_bench.stacking import StackedLoss
     from decomp_bench.targets import TargetModel
 
 Point = str
@@ -298,6 +299,15 @@ class Decomposer(nn.Module):
     def step_statistics(self) -> dict[str, Tensor]:
         """Scalars of the last loss that progress shows (`l0` among them), left on the device."""
         return {}
+
+    def stackable(self) -> int:
+        """How many runs that differ from this one in their seed only are best trained in one batched step; 0: there is none for it."""
+        return 0
+
+    @classmethod
+    def stacked(cls, members: Sequence[Decomposer]) -> StackedLoss:
+        """Their losses in one; see `decomp_bench.stacking`."""
+        raise NotImplementedError
 
     # ---- inherited
 

@@ -71,8 +71,7 @@ def _collect_measurements(done: list[Run], plan: Plan) -> None:
     """
     import pandas as pd
 
-    from decomp_bench import results
-    from decomp_bench.analysis.points import told_apart
+    from decomp_bench import analysis, results
 
     before = _manifest(plan.folder).get("measurements", {})
     for one in plan.measure:
@@ -85,7 +84,7 @@ def _collect_measurements(done: list[Run], plan: Plan) -> None:
         if frames:
             frame = pd.concat(frames, ignore_index=True).drop_duplicates(ignore_index=True)
             words = frame["run_id"].map(plan.conditions).fillna("")  # the column `condition` is the measurement's own
-            frame["family"] = told_apart(frame.assign(condition=words))["family"]
+            frame["family"] = analysis.told_apart(frame.assign(condition=words))["family"]
             of_target = frame["run_id"].fillna("") == ""
             frame["experiment"] = frame["experiment"].mask(~of_target, plan.experiment.name)
             frame = frame.sort_values(["method", "run_id"], kind="stable", ignore_index=True)

@@ -32,7 +32,7 @@ MANIFEST_VERSION = 1
 FOLDER_VARIABLE = "DECOMP_BENCH_RUNS"
 Existing = Literal["resume", "skip", "overwrite", "error"]
 EXISTING: tuple[Existing, ...] = ("resume", "skip", "overwrite", "error")
-EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb"), "eval": ("batch",)}
+EXECUTION_ONLY = {"train": ("device", "log_every", "save_every", "wandb", "compile"), "eval": ("batch",)}
 """Config keys that change nothing about a run's result and stay out of its id."""
 ADDED_LATER = {
     "data": ("packing", "documents", "lower", "subset", "split", "validation_split", "test_split", "streaming", "tokenised", "activations"),

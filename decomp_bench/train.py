@@ -1,56 +1,27 @@
 """The one training loop, over a list of decomposers that share a target and data.
 
-Data batches are pure functions of the step and every decomposer draws from its own generator, so a run alone, in a group or resumed
-has the same weights; one that diverges does not stop the others. Statistics stay on the device and are read at log steps only.
+A run alone, in a group or resumed has the same weights; one that diverges does not stop the others. Runs that are trained in one batched
+step (`decomp_bench.stacking`) differ from a run alone by rounding.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from decomp_bench.checkpoint import write_tensors
-from decomp_bench.config import MethodConfig, TrainConfig
+from decomp_bench.config import TrainConfig
 from decomp_bench.data.sources import Source
-from decomp_bench.data.streams import ActivationStream, SequenceStream, iterate
-from decomp_bench.decomposer import Batch, Decomposer
-from decomp_bench.divergence import NORM, Watch, gradient_norm
 from decomp_bench.errors import UserError
-from decomp_bench.flops import counted
-from decomp_bench.replacement import clean_points
+from decomp_bench.stacking import lanes
+from decomp_bench.training import LAST_GOOD, Job, Outcome, Streams, Training, learning_rate
 
-CHECKPOINT, SNAPSHOT, STATE, LAST_GOOD = "checkpoint", "checkpoint_two_thirds", "state", "checkpoint_last_good"
-
-
-@dataclass
-class Job:
-    """One decomposer to train, the run folder that takes its states and checkpoints, and where its log lines go."""
-
-    decomposer: Decomposer
-    folder: Path
-    log: Callable[[dict[str, Any]], None] = lambda _line: None
-
-
-@dataclass
-class Outcome:
-    """What training came to: steps and rows or positions seen, its own seconds, FLOPs of its own products, and what went wrong."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    error: str | None = None
+__all__ = ["LAST_GOOD", "Job", "Outcome", "Training", "learning_rate", "pick_device", "train"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -64,18 +35,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def learning_rate(config: MethodConfig, step: int) -> float:
-    """Multiplier of the peak rate at a step: linear warm-up, flat, then the decay of the schedule down to `lr_end`."""
-    warm = min(1.0, (step + 1) / (config.warmup + 1))
-    if config.schedule == "constant":
-        return warm
-    start, quarter = config.decay_from * config.steps, config.schedule == "quarter_cosine"
-    done = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start - quarter)))
-    half = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    shape = math.cos(math.pi / 2 * done) if quarter else half
-    return warm * (config.lr_end + (1 - config.lr_end) * shape)
-
-
 def train(
     jobs: list[Job], source: Source, config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None, resume: bool = False
 ) -> list[Outcome]:
@@ -86,30 +45,31 @@ def train(
     """
     torch.set_num_threads(config.threads)
     device = source.target.device
-    streams = _Streams(source, [job.decomposer for job in jobs])
+    streams = Streams(source, [job.decomposer for job in jobs])
     runs = [Training(job, streams, config, device) for job in jobs]
     for run in runs:
         run.start(resume)
     with _stop_requested() as stop:
-        _loop(runs, streams, config, progress, stop)
+        _loop(runs, config, progress, stop)
     return [run.outcome for run in runs]
 
 
-def _loop(runs: list[Training], streams: _Streams, config: TrainConfig, progress: Callable | None, stop: threading.Event) -> None:
-    active = [run for run in runs if run.unfinished]
-    began, first = time.perf_counter(), sum(run.step for run in active)
+def _loop(runs: list[Training], config: TrainConfig, progress: Callable | None, stop: threading.Event) -> None:
+    active = lanes([run for run in runs if run.unfinished])
+    began, first = time.perf_counter(), sum(run.step for lane in active for run in lane.runs)
     while active:
+        running = [run for lane in active for run in lane.runs if run.unfinished]
         if stop.is_set():
-            for run in active:
+            for run in running:
                 run.save_state()
             raise KeyboardInterrupt
-        step = min(run.step for run in active)
-        for run in active:
-            if run.step == step:
-                run.advance()
-        if progress and (step % config.log_every == 0 or step + 1 == active[0].config.steps):
-            progress(_progress(active, time.perf_counter() - began, first))
-        active = [run for run in active if run.unfinished]
+        step = min(lane.step for lane in active)
+        for lane in active:
+            if lane.step == step:
+                lane.advance()
+        if progress and (step % config.log_every == 0 or step + 1 == running[0].config.steps):
+            progress(_progress(running, time.perf_counter() - began, first))
+        active = [lane for lane in active if lane.unfinished]
 
 
 def _progress(active: list[Training], seconds: float, first: int) -> dict[str, Any]:
@@ -126,245 +86,6 @@ def _progress(active: list[Training], seconds: float, first: int) -> dict[str, A
         "tokens_per_s": head.last.get("tokens_per_s"),
         "eta_s": left / rate if rate > 0 else None,
     }
-
-
-class _Streams:
-    """The batches of each step, computed once for all decomposers that want the same ones."""
-
-    def __init__(self, source: Source, decomposers: list[Decomposer]) -> None:
-        self.source = source
-        self._made: dict[tuple[str, int], ActivationStream | SequenceStream] = {}
-        self._last: dict[tuple[str, int], tuple[int, Batch]] = {}
-        self._points: dict[str, set[str]] = {"activations": set(), "sequences": set()}
-        for decomposer in decomposers:
-            units = {f"{layer}.mlp.{end}" for layer in decomposer.layers for end in ("in", "out")}
-            wanted = clean_points(decomposer) if decomposer.trains_on == "sequences" else units | decomposer.points()
-            self._points[decomposer.trains_on] |= wanted
-
-    def stream(self, decomposer: Decomposer) -> ActivationStream | SequenceStream:
-        """The stream that a decomposer trains on."""
-        key = (decomposer.trains_on, decomposer.config.batch)
-        if key not in self._made:
-            kind = ActivationStream if key[0] == "activations" else SequenceStream
-            self._made[key] = kind(self.source, self._points[key[0]], key[1])
-        return self._made[key]
-
-    def batch(self, decomposer: Decomposer, step: int) -> Batch:
-        """The batch of a step."""
-        key = (decomposer.trains_on, decomposer.config.batch)
-        if self._last.get(key, (-1, None))[0] != step:
-            self._last[key] = (step, self.stream(decomposer).batch(step))
-        return self._last[key][1]
-
-
-class Training:
-    """One decomposer in training: its optimiser, step count and state on disk."""
-
-    def __init__(self, job: Job, streams: _Streams, config: TrainConfig, device: torch.device) -> None:
-        self.job, self.streams, self.train_config = job, streams, config
-        self.decomposer = job.decomposer.to(device).train()
-        self.config = job.decomposer.config
-        self.step, self.outcome, self.last = 0, Outcome(), {}
-        self.optimiser: torch.optim.Optimizer | None = None
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-        self.device = device
-        self._pending: list[dict[str, Tensor]] = []
-        self._watch, self._norms = Watch(self.decomposer.on_demand), {}
-        self._flops_a_step = 0.0
-
-    @property
-    def unfinished(self) -> bool:
-        return self.outcome.error is None and self.step < self.config.steps
-
-    # ---- phases
-
-    def start(self, resume: bool) -> None:
-        """Resume from the saved state, or prepare the decomposer; a run without steps is finished and saved at once."""
-        if self.config.steps and not (resume and self._state_file().is_file()):
-            self.decomposer.before_training(iterate(self.streams.stream(self.decomposer)))
-        self._make_optimiser()
-        if resume and self._state_file().is_file():
-            self._load_state()
-        if self.config.steps == 0:
-            self._finish()
-
-    def advance(self) -> None:
-        """One step; at its marks a log line, a state, the two-thirds snapshot, and the end."""
-        began = time.perf_counter()
-        batch = self.streams.batch(self.decomposer, self.step)
-        self._optimise(batch)
-        self.outcome.tokens += _positions(batch)
-        self.step += 1
-        self.outcome.steps = self.step
-        self.outcome.seconds += time.perf_counter() - began
-        self._flops_a_step = self._flops_a_step or _flops(clone(self.decomposer).train(), batch)
-        self.outcome.flops += self._flops_a_step
-        if self.step % self.train_config.log_every == 0 or self.step == self.config.steps:
-            self._log()
-        if self.outcome.error is not None:
-            return
-        if self.step == math.ceil(self.config.steps * 2 / 3) and self.step < self.config.steps:
-            self._snapshot()
-        if self.step == self.config.steps:
-            self._finish()
-        elif self.step % self.train_config.save_every == 0 and not self._watch.suspicious:
-            self.save_state()
-
-    def _optimise(self, batch: Batch) -> None:
-        assert self.optimiser is not None
-        rate, progress = learning_rate(self.config, self.step), self.step / self.config.steps
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak_lr"] * rate
-        self.optimiser.zero_grad(set_to_none=True)
-        for part in _parts(batch, self.config.accumulate):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                terms = self.decomposer.loss(part, progress)
-            total = torch.stack([term.float() for term in terms.values()]).sum()
-            (total / self.config.accumulate).backward()
-        for i, group in enumerate(self.optimiser.param_groups):
-            if group["clip"] is not None:
-                self._norms[i] = torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
-        self.optimiser.step()
-        self.decomposer.after_step(progress)
-        for parameter, rows in self.decomposer.restarted():
-            for moment in self.optimiser.state[parameter].values():
-                if moment.shape == parameter.shape:
-                    moment[rows] = 0
-        self._pending.append({"loss": total.detach(), **{k: v.detach() for k, v in terms.items()}})
-
-    def _log(self) -> None:
-        """Read the steps since the last line, all at once, and judge whether the run is still finite."""
-        assert self.optimiser is not None
-        keys = dict.fromkeys(key for terms in self._pending for key in terms)  # a term need not be there at every step
-        line = {key: float(torch.stack([terms[key] for terms in self._pending if key in terms]).float().mean()) for key in keys}
-        line |= {key: float(value) for key, value in self.decomposer.step_statistics().items()}
-        self._pending = []
-        for i, group in enumerate(self.optimiser.param_groups):  # of the last step, before clipping
-            line[f"{NORM}{i}"] = float(self._norms[i] if i in self._norms else gradient_norm(group["params"]))
-        line |= {
-            "step": self.step,
-            "lr": self.config.lr * learning_rate(self.config, self.step - 1),
-            "tokens": self.outcome.tokens,
-            "seconds": round(self.outcome.seconds, 3),
-            "tokens_per_s": round(self.outcome.tokens / max(self.outcome.seconds, 1e-9), 1),
-        }
-        self.last = line
-        self.job.log(line)
-        reason = self._watch.judge(line, [*(key for key in keys if key != "loss"), "loss"])
-        if reason:
-            self.outcome.error = reason + self._keep_last_good()
-
-    def _keep_last_good(self) -> str:
-        """Save the weights of the last resume state, which was taken while all was well, as a checkpoint; says so."""
-        if not self._state_file().is_file():
-            return ""
-        copy = clone(self.decomposer)
-        tensors = load_file(self._state_file(), device=str(self.device))
-        copy.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("weights/")})
-        copy.eval().save(self.job.folder / LAST_GOOD)
-        return f"; the last good weights are in {LAST_GOOD}"
-
-    def _snapshot(self) -> None:
-        copy = clone(self.decomposer)
-        copy.finish(iterate(self.streams.stream(self.decomposer), self.step))
-        copy.eval().save(self.job.folder / SNAPSHOT)
-
-    def _finish(self) -> None:
-        self.decomposer.finish(iterate(self.streams.stream(self.decomposer), self.step))
-        broken = [name for name, value in self.decomposer.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
-        if broken:
-            self.outcome.error = f"weights are not finite after training ({', '.join(broken[:3])}): lower method.lr"
-            return
-        self.decomposer.eval().save(self.job.folder / CHECKPOINT)
-        self._state_file().unlink(missing_ok=True)
-
-    # ---- optimiser and state
-
-    def _make_optimiser(self) -> None:
-        groups = []
-        for group in self.decomposer.parameter_groups():
-            if group["params"]:
-                groups.append({"clip": self.config.clip, **group, "peak_lr": group.get("lr", self.config.lr)})
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimiser = torch.optim.AdamW(groups, lr=self.config.lr, weight_decay=0.0, fused=fused) if groups else None
-
-    def _state_file(self) -> Path:
-        return self.job.folder / STATE / "state.safetensors"
-
-    def save_state(self) -> None:
-        """Everything that the next step depends on, as one safetensors file."""
-        assert self.optimiser is not None
-        tensors = {f"weights/{k}": v for k, v in self.decomposer.state_dict().items()}
-        tensors |= {f"own/{k}": v for k, v in self.decomposer.train_state().items()}
-        for index, parameter in enumerate(self._parameters()):
-            tensors |= {f"optimiser/{index}/{key}": value for key, value in self.optimiser.state[parameter].items()}
-        outcome = {k: str(v) for k, v in vars(self.outcome).items() if k != "error"}
-        write_tensors(tensors, self._state_file(), {"step": str(self.step), **outcome})
-
-    def _load_state(self) -> None:
-        from safetensors import safe_open
-
-        try:
-            tensors = load_file(self._state_file(), device=str(self.device))
-            with safe_open(self._state_file(), "pt") as opened:
-                about = opened.metadata()
-            self.decomposer.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("weights/")})
-        except Exception as error:
-            raise UserError(f"{self._state_file()} is broken ({type(error).__name__}): train again with --existing overwrite") from None
-        self.decomposer.load_train_state(
-            {k[4:]: v.cpu() if v.dtype == torch.uint8 else v for k, v in tensors.items() if k.startswith("own/")}
-        )
-        assert self.optimiser is not None
-        for index, parameter in enumerate(self._parameters()):
-            prefix = f"optimiser/{index}/"
-            kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimiser.state[parameter] = {k: _laid_out_as(v, parameter) for k, v in kept.items()}
-        self.step = int(about["step"])
-        self.outcome = Outcome(self.step, int(about["tokens"]), float(about["seconds"]), float(about["flops"]))
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        assert self.optimiser is not None
-        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-
-
-def _laid_out_as(value: Tensor, parameter: Tensor) -> Tensor:
-    """A saved moment in its parameter's memory layout, which the fused optimiser takes for granted and a file does not keep."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-
-
-def clone(decomposer: Decomposer) -> Decomposer:
-    """A copy with its own weights and the same target."""
-    copy = type(decomposer)(decomposer.config, decomposer.target, decomposer.layers, decomposer.seed)
-    copy.to(decomposer.target.device).load_state_dict(decomposer.state_dict())
-    return copy
-
-
-def _flops(decomposer: Decomposer, batch: Batch) -> float:
-    """FLOPs of one step's products, counted on a copy: counting swaps some operations for others that round differently."""
-    return counted(lambda: torch.stack([term.float() for term in decomposer.loss(batch, 0.0).values()]).sum().backward())
-
-
-def _positions(batch: Batch) -> int:
-    if batch.x is None:
-        return len(next(iter(batch.clean.values())))
-    return batch.x.shape[0] if batch.length is None else int(batch.length.sum())
-
-
-def _parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """The batch in `count` parts of equal size."""
-    if count == 1:
-        yield batch
-        return
-    whole = len(batch.x) if batch.x is not None else len(next(iter(batch.clean.values())))
-    if whole % count:
-        raise UserError(f"method.batch={whole} does not divide into method.accumulate={count} parts")
-    for start in range(0, whole, whole // count):
-
-        def cut(value: Tensor | None, start: int = start) -> Tensor | None:
-            return None if value is None else value[start : start + whole // count]
-
-        clean = {point: value[start : start + whole // count] for point, value in batch.clean.items()}
-        yield replace(batch, x=cut(batch.x), length=cut(batch.length), doc=cut(batch.doc), clean=clean, logits=cut(batch.logits))
 
 
 @contextmanager

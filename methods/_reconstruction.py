@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decomp_bench.decomposer import Batch, Codes, Decomposer, Point, SiteCodes
@@ -61,6 +61,17 @@ def rows_of(batch: Batch, target: TargetModel) -> Rows:
     return Rows(index, weight, count.float(), place, weight)
 
 
+def distinct_rows(batch: Batch, points: set[Point]) -> tuple[Int[Tensor, " kept"], Float[Tensor, " kept"]] | None:
+    """Indices and weights of a toy's rows where all on which nothing is read at these points are one; None where fewer than two are."""
+    silent = torch.stack([(batch.clean[point] == 0).all(1) for point in points]).all(0)
+    if int(silent.sum()) < 2:
+        return None
+    kept = torch.cat([(~silent).nonzero().flatten(), silent.nonzero()[0]])
+    weight = torch.full((len(kept),), 1 / len(silent), device=kept.device)
+    weight[-1] = silent.float().mean()
+    return kept, weight
+
+
 def collapsed(batch: Batch, target: TargetModel, points: set[Point]) -> tuple[Batch, Rows]:
     """A toy's batch with all rows on which nothing is read at these points taken together as one, weighted by their number.
 
@@ -69,14 +80,10 @@ def collapsed(batch: Batch, target: TargetModel, points: set[Point]) -> tuple[Ba
     rows = rows_of(batch, target)
     assert batch.x is not None
     assert batch.logits is not None
-    if target.is_lm:
+    found = None if target.is_lm else distinct_rows(batch, points)
+    if found is None:
         return batch, rows
-    silent = torch.stack([(batch.clean[point] == 0).all(1) for point in points]).all(0)
-    if int(silent.sum()) < 2:
-        return batch, rows
-    kept = torch.cat([(~silent).nonzero().flatten(), silent.nonzero()[0]])
-    weight = torch.full((len(kept),), 1 / len(silent), device=kept.device)
-    weight[-1] = silent.float().mean()
+    kept, weight = found
     clean = {point: value[kept] for point, value in batch.clean.items()}
     fewer = Batch(batch.x[kept], None, None if batch.doc is None else batch.doc[kept], clean, batch.logits[kept])
     return fewer, Rows(None, weight, rows.count, even=False)

@@ -7,7 +7,7 @@ weight delta as a masked remainder, faithfulness warm-up, uniform-k-subset routi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,6 +38,7 @@ from ._masks import Uniforms
 from ._reconstruction import Rows, collapsed, rows_of
 from ._spd_config import SPDConfig
 from ._spd_losses import STOCHASTIC, reconstructions
+from ._spd_stack import StackedSPD, fits, together
 
 if TYPE_CHECKING:
     from decomp_bench.targets import TargetModel
@@ -277,6 +278,13 @@ class SPD(Decomposer):
 
     def step_statistics(self) -> dict[str, Tensor]:
         return self._statistics
+
+    def stackable(self) -> int:
+        return 0 if self.target.is_lm or not fits(self.config) else together(self)
+
+    @classmethod
+    def stacked(cls, members: Sequence[SPD]) -> StackedSPD:  # type: ignore[override]
+        return StackedSPD(members)
 
     # ---- accounting
 

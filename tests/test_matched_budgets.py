@@ -15,7 +15,7 @@ from decomp_bench.experiment import Options
 from decomp_bench.flops import counted
 from decomp_bench.registry import method
 from decomp_bench.replacement import clean_points
-from decomp_bench.train import _flops
+from decomp_bench.training import _flops
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "011_pareto_trained"

@@ -70,6 +70,7 @@ class TargetModel:
         self.identity = identity or identity_of(module)
         modules = dict(module.named_modules())
         self._places = _places(module)
+        self._parameter = next(self.module.parameters())  # finding it takes a walk over all modules, and `device` is asked for often
         self.map_paths = {
             f"{layer}.{name}": path.format(layer)
             for layer in range(layers)
@@ -90,7 +91,7 @@ class TargetModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return self._parameter.device
 
     def to(self, device: str | torch.device) -> TargetModel:
         """Move the weights; returns itself."""

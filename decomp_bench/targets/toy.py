@@ -47,7 +47,7 @@ class ResidualMLP(nn.Module):
             scale = fan_in**-0.5 if parameter.dim() == 2 else 0.0
             parameter.data = torch.randn(parameter.shape, generator=generator) * scale
 
-    def forward(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows features"]:
+    def forward(self, x: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows features"]:
         resid = x @ self.embed
         for block in self.blocks:
             resid = block(resid)

@@ -59,5 +59,5 @@ def _started(name: str, config: dict, target, layers: tuple[int, ...], rows: One
     quiet = TrainConfig(log_every=10**9, save_every=10**9, precision="fp32")
     training = Training(Job(decomposer, Path(tempfile.mkdtemp())), rows, quiet, torch.device("cpu"))  # type: ignore[arg-type]
     training.start(False)
-    training._flops_a_step = 1.0  # counting takes a step of its own
+    training.flops_a_step = 1.0  # counting takes a step of its own
     return training

@@ -279,12 +279,12 @@ def test_a_restarted_component_reads_and_writes_along_its_row_and_its_moments_ar
 
 
 def test_the_trainer_clears_the_moments_of_restarted_rows(toy, tmp_path):
-    from decomp_bench.train import Training, _Streams
+    from decomp_bench.train import Streams, Training
 
     target, source = toy
     kind = method("sae")
     decomposer = kind(parse(kind.Config, {"features": 16, "k": 2, "steps": 9, "batch": 64, "calibration": 256}, "sae"), target, (0,), 0)
-    run = Training(Job(decomposer, tmp_path), _Streams(source, [decomposer]), TrainConfig(), target.device)
+    run = Training(Job(decomposer, tmp_path), Streams(source, [decomposer]), TrainConfig(), target.device)
     run.start(False)
     parameter = decomposer.coders["0"].W_enc
     run.advance()

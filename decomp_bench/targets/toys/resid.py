@@ -35,7 +35,7 @@ class ResidModel(nn.Module):
                 block.mlp.up.weight.copy_(weights[f"in.{layer}"])  # type: ignore[union-attr]
                 block.mlp.down.weight.copy_(weights[f"out.{layer}"])  # type: ignore[union-attr]
 
-    def forward(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows features"]:
+    def forward(self, x: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows features"]:
         resid = x @ self.embed
         for block in self.blocks:
             resid = block(resid)

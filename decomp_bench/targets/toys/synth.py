@@ -71,7 +71,7 @@ class Synth:
     correlation_rank: int = 25
     rows: int = 262_144
     apart: int = 1_000_000
-    """Added to the seed: a decomposer that starts from random directions would begin with the features themselves where its seed is theirs."""
+    """Added to the seed: of equal seeds, a decomposer that starts from random directions would begin with the features themselves."""
 
     def train(self, seed: int, progress: Callable[[int, int], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The directions, and how many features are active."""

@@ -59,7 +59,7 @@ class TMSModel(nn.Module):
             if mlp.hidden is not None:
                 mlp.hidden.weight.copy_(torch.eye(weight.shape[0]))
 
-    def forward(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows features"]:
+    def forward(self, x: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows features"]:
         return torch.relu(self.blocks[0](x))
 
 

@@ -57,7 +57,7 @@ class Ours:
         train = TrainConfig(precision=job["precision"], threads=job["threads"], log_every=10**9, save_every=10**9)
         self.training = Training(Job(self.decomposer, folder), self.stream, train, torch.device("cpu"))
         self.training.start(False)
-        self.training._flops_a_step = 1.0  # counting takes a step of its own
+        self.training.flops_a_step = 1.0  # counting takes a step of its own
 
     def step(self, x):
         self.stream.now = x
