@@ -99,9 +99,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _relative(argument: str) -> str:
+    """An argument with paths as seen from the project: where it lies on a machine is no one's business, and tells nothing."""
+    for base in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if argument.startswith(f"{base}/"):
+            return argument[len(f"{base}/") :]
+    return argument
+
+
 def made_by() -> dict[str, Any]:
     """Everything about the code and the machine that a manifest holds."""
-    return {"argv": sys.argv, "git": git_state(), "packages": packages(), "hardware": hardware()}
+    return {"argv": [_relative(argument) for argument in sys.argv], "git": git_state(), "packages": packages(), "hardware": hardware()}
 
 
 def peak_memory_mb() -> float:

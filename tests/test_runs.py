@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -175,3 +176,11 @@ def test_folder_at_gives_way_to_the_variable(tmp_path, monkeypatch):
     with runs.folder_at(tmp_path / "other"):
         assert runs.runs_folder() == tmp_path / "other"
     assert str(runs.runs_folder()) == "results/runs"
+
+
+def test_a_manifest_names_no_folder_of_the_machine(monkeypatch, tmp_path):
+    from decomp_bench import provenance
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [provenance.__file__, f"{tmp_path}/jobs/job.json", "--seed", "1"])
+    assert provenance.made_by()["argv"] == ["decomp_bench/provenance.py", "jobs/job.json", "--seed", "1"]
