@@ -20,6 +20,8 @@ class Quality:
         about, settings = file.with_suffix(".json"), json.dumps(chosen.model_dump(mode="json"), sort_keys=True)
         same = file.is_file() and about.is_file() and about.read_text() == settings
         self.rows = pd.read_csv(file, dtype={"lr": str}).to_dict("records") if same else []
+        if not same:  # first, so that rows of other settings are never taken for those of these
+            file.unlink(missing_ok=True)
         write_text(settings, about)
 
     def compare(self, libraries: list[str]) -> pd.DataFrame:
