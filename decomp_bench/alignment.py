@@ -27,7 +27,7 @@ from decomp_bench.data.streams import positions, with_clean
 from decomp_bench.decomposer import Batch, Decomposer, Site, SiteCodes
 from decomp_bench.errors import UserError
 from decomp_bench.metrics.observe import Scored, log_probabilities
-from decomp_bench.replacement import clean_codes, clean_points
+from decomp_bench.replacement import clean_codes, clean_points, clean_rows
 from decomp_bench.robustness import soft
 
 SHARED = 0.7
@@ -96,8 +96,7 @@ def shared_sites(first: Decomposer, second: Decomposer) -> list[Site]:
 
 
 def _kept(decomposer: Decomposer, batch: Batch) -> Tensor:
-    kept = positions(batch, decomposer.target.keeps_first)
-    return kept[:, 1:] if decomposer.target.keeps_first else kept
+    return clean_rows(decomposer, positions(batch, decomposer.target.keeps_first))
 
 
 def _alive(views: tuple[Decomposer, Decomposer], sites: list[Site], batches: Iterator[Batch]) -> Alive:

@@ -22,7 +22,7 @@ from decomp_bench.data.sources import Source
 from decomp_bench.data.streams import positions, with_clean
 from decomp_bench.decomposer import Decomposer
 from decomp_bench.errors import UserError
-from decomp_bench.replacement import clean_codes
+from decomp_bench.replacement import clean_codes, clean_rows
 from decomp_bench.robustness import soft
 
 BATCH = 16
@@ -98,8 +98,7 @@ def activity(decomposer: Decomposer, source: Source, tokens: int, threshold: flo
     parts: list[Tensor] = []
     for start in range(0, rows, size):
         batch = with_clean(source, source.batch(split, np.arange(start, min(rows, start + size))), view.points(), logits=False)
-        kept = positions(batch, view.target.keeps_first)
-        kept = kept[:, 1:] if view.target.keeps_first else kept
+        kept = clean_rows(view, positions(batch, view.target.keeps_first))
         codes = clean_codes(view, batch)
         parts.append(torch.cat([codes[site.name].gate[kept] > threshold for site in view.sites], 1).cpu())
     found = torch.cat(parts)

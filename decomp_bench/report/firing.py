@@ -14,7 +14,7 @@ from torch import Tensor
 from decomp_bench.data.sources import Source
 from decomp_bench.data.streams import positions, with_clean
 from decomp_bench.decomposer import Batch, Decomposer
-from decomp_bench.replacement import clean_codes
+from decomp_bench.replacement import clean_codes, clean_rows
 
 BEFORE, AFTER = 14, 8
 """Positions that are shown on either side of a peak."""
@@ -88,8 +88,7 @@ def strongest(decomposer: Decomposer, given: Batches, chosen: Mapping[str, Int[T
 
 def _kept(decomposer: Decomposer, batch: Batch) -> Tensor:
     """Which of the encoded positions are real."""
-    kept = positions(batch, decomposer.target.keeps_first)
-    return kept[:, 1:] if decomposer.target.keeps_first else kept
+    return clean_rows(decomposer, positions(batch, decomposer.target.keeps_first))
 
 
 def _peaks(value: Float[Tensor, "B T m"], start: int, most: int) -> Peaks:
