@@ -190,7 +190,7 @@ class Decomposer(nn.Module):
         self.trains_on = self.trained_on(config)
         self.sites = []
         self.bind(target)
-        self.build(torch.Generator().manual_seed(seed))
+        self.build(torch.Generator().manual_seed(target.apart + seed))
 
     def bind(self, target: TargetModel) -> None:
         """Attach the frozen target; it is neither a submodule nor part of the state dict."""

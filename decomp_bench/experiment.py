@@ -33,6 +33,8 @@ class RunSpec(Config):
     config: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """Config key -> values; several keys span their product."""
+    seeds: tuple[int, ...] = ()
+    """Of the experiment's seeds only these, for runs that cost far more than the others; `--seeds` goes before it."""
     at: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`key=value` of a swept value -> settings of that point alone (`eval`, say a sweep at inference)."""
     condition: dict[str, str] = Field(default_factory=dict)
@@ -230,7 +232,8 @@ def _conditioned(experiment: Experiment, options: Options) -> list[tuple[RunConf
     made = []
     for spec in whole.runs:
         if not options.only or spec.method in options.only:
-            made += _spec_configs(spec, preset, common, options.seeds or whole.seeds, sets, where)
+            own = tuple(seed for seed in whole.seeds if not spec.seeds or seed in spec.seeds)
+            made += _spec_configs(spec, preset, common, options.seeds or own, sets, where)
     return made
 
 

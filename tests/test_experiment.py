@@ -95,6 +95,17 @@ def test_configs_span_methods_sweeps_and_seeds(place):
     assert {c.target for c in experiment.configs(found, Options(target="toy:resid_mlp2"))} == {"toy:resid_mlp2"}
 
 
+def test_an_entry_takes_only_its_own_seeds_of_the_experiment(place):
+    config = place / "experiments" / "007_something" / "config.yaml"
+    raw = yaml.safe_load(config.read_text())
+    raw["seeds"], raw["runs"][0]["seeds"] = [0, 1], [1, 2]
+    config.write_text(yaml.safe_dump(raw))
+    found = experiment.load("007")
+    assert [(c.method_config.get("k"), c.seed) for c in experiment.configs(found, Options())] == [(1, 1), (2, 1), (None, 0), (None, 1)]
+    assert {c.seed for c in experiment.configs(found, Options(seeds=(3, 4)))} == {3, 4}
+    assert len(experiment.configs(found, Options(seeds=(3, 4)))) == 6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

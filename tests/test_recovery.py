@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from decomp_bench import data
+from decomp_bench import data, targets
 from decomp_bench.config import DataConfig, EvalConfig, MethodConfig
 from decomp_bench.decomposer import Decomposer, Site, SiteCodes, Slot
 from decomp_bench.evaluate import evaluate
@@ -232,3 +232,20 @@ def test_every_null_names_a_metric():
     nulls = [key for key in keys if key.endswith("_null")]
     assert nulls
     assert all(key.removesuffix("_null") in keys for key in nulls)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_decomposer_of_the_seed_of_a_toy_does_not_draw_the_toy_again(apart):
+    """Residual toys draw their embedding first, from their seed: a decomposer's first numbers of that seed would be its features."""
+    target = targets.load("toy:resid_mlp1@3")
+    features = torch.nn.functional.normalize(target.module.embed, dim=1)
+
+    class Drawing(Basis):
+        def build(self, generator):
+            self.first = torch.nn.functional.normalize(torch.randn(features.shape, generator=generator), dim=1)
+            super().build(generator)
+
+    if not apart:
+        target.apart = 0
+    nearest = (Drawing(MethodConfig(), target, (0,), seed=3).first @ features.T).abs().max(1).values
+    assert (nearest > 0.99).all() != apart

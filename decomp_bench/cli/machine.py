@@ -250,22 +250,26 @@ def cache_evict(
 
 
 def target_train(
-    name: Annotated[str, typer.Argument(help="pydocs-4l, or a shape of your own: llama-simple-mlp or gpt2.")],
-    seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
+    name: Annotated[str, typer.Argument(help="pydocs-4l, a toy such as toy:tms_5-2@3, or a shape of your own: llama-simple-mlp or gpt2.")],
+    seed: Annotated[int, typer.Option(help="Training seed; of a toy, write it into the name.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder that the model is written to; default: the name.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for resume states.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as data.source=F or model.width=64. Repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps; pydocs-4l is trained on the CPU.")] = "auto",
 ) -> None:
-    """Train the embedded target again from the documentation that is installed here, or a target of your own on any data.
+    """Train the embedded target again from the documentation that is installed here, a toy, or a target of your own on any data.
 
     The same command again continues what was interrupted.
     """
     from decomp_bench.registry import suggest
     from decomp_bench.targets.pretraining import SHAPES
 
+    if name.startswith("toy:"):
+        if seed or out or work or set_ or device != "auto":
+            raise UserError(f"toys are trained on the CPU into the cache folder, by name alone: decomp-bench target train {name}")
+        return _train_toy(name)
     if name not in ("pydocs-4l", *SHAPES):
-        raise UserError(f"no recipe for target '{name}'; {suggest(name, ['pydocs-4l', *SHAPES])}")
+        raise UserError(f"no recipe for target '{name}'; {suggest(name, ['pydocs-4l', *SHAPES, 'toy:NAME@SEED'])}")
     if name == "pydocs-4l" and set_:
         raise UserError(f"pydocs-4l has a fixed recipe; --set is for {', '.join(SHAPES)}")
     out = Path(name) if out is None else out
@@ -284,6 +288,25 @@ def target_train(
         if isinstance(value, (str, int, float)):
             print(f"{key}: {value}")
     print(f"next: {following}")
+
+
+def _train_toy(uri: str) -> None:
+    """Train a toy with a known truth and show what its gate found; exit 1 where the gate rejects it."""
+    from decomp_bench.cli.display import Line
+    from decomp_bench.targets.toy import named
+    from decomp_bench.targets.toys.library import RECIPES, TOYS, rejection, train_toy
+
+    name, seed = named(uri.removeprefix("toy:"))
+    if name not in RECIPES:
+        raise UserError(f"{uri} is trained afresh whenever it is used; kept in the cache are {', '.join(f'toy:{toy}' for toy in RECIPES)}")
+    seed = TOYS[name].seeds[0] if seed is None else seed
+    with Line() as line:
+        folder, manifest = train_toy(name, seed, lambda step, steps: line({"phase": "train", "step": step, "steps": steps}))
+    for key, value in {**manifest["figures"], "accepted": manifest["accepted"]}.items():
+        print(f"{key}: {value}")
+    if not manifest["accepted"]:
+        raise RunFailed(rejection(name, manifest))
+    print(f"{folder}\nnext: decomp-bench train spd --target {uri}")
 
 
 def _trained(name: str, out: Path, seed: int, work: Path | None, sets: list[str], device: str, tell: Any) -> tuple[dict[str, Any], str]:

@@ -36,6 +36,10 @@ class Architecture:
     """Path of the model without its output head; None: the model itself."""
 
 
+TOY_STREAM = 2_000_000
+"""What toys set `TargetModel.apart` to."""
+
+
 class TargetModel:
     """A frozen network in evaluation mode.
 
@@ -46,6 +50,8 @@ class TargetModel:
     """
 
     toy: Toy | None = None
+    apart: int = 0
+    """Added to the seeds of decomposers, so that none begins with the numbers that drew a toy of its seed."""
     separator: int | None = None
     """Where attention is confined to documents (`confine`), the token that ends one."""
     _masked_outright = False

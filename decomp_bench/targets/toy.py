@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decomp_bench.errors import UserError
-from decomp_bench.targets.base import Architecture, TargetModel
+from decomp_bench.targets.base import TOY_STREAM, Architecture, TargetModel
 from decomp_bench.targets.toys import TOYS as KNOWN
 
 # name -> (features, residual width, neurons a layer, layers, probability that a feature is active, training steps)
@@ -60,20 +60,26 @@ def sparse_features(rows: int, features: int, probability: float, generator: tor
     return active * (2 * torch.rand(rows, features, generator=generator) - 1)
 
 
+def named(name: str) -> tuple[str, int | None]:
+    """Kind and seed of `NAME@SEED`; raises UserError for anything else, an unknown kind among it."""
+    kind, _, seed = name.partition("@")
+    if kind not in (*TOYS, *KNOWN) or (seed and not seed.isdigit()):
+        raise UserError(f"unknown toy '{name}'; known: {', '.join(f'toy:{toy}' for toy in (*TOYS, *KNOWN))}, with @SEED if wanted")
+    return kind, int(seed) if seed else None
+
+
 def load_toy(name: str, uri: str, device: str | torch.device) -> TargetModel:
     """A toy target by its name `NAME@SEED`; the same name gives the same weights.
 
     Raises UserError for an unknown name, and for a seed whose training did not reach the published solution.
     """
-    kind, _, seed = name.partition("@")
-    if kind not in (*TOYS, *KNOWN) or (seed and not seed.isdigit()):
-        raise UserError(f"unknown toy '{name}'; known: {', '.join(f'toy:{toy}' for toy in (*TOYS, *KNOWN))}, with @SEED if wanted")
+    kind, seed = named(name)
     if kind in KNOWN:
         from decomp_bench.targets.toys.library import load_known
 
-        return load_known(kind, int(seed) if seed else None, uri, device)
+        return load_known(kind, seed, uri, device)
     features, width, neurons, layers, probability, steps = TOYS[kind]
-    generator = torch.Generator().manual_seed(int(seed or 0))
+    generator = torch.Generator().manual_seed(seed or 0)
     model = ResidualMLP(features, width, neurons, layers, generator)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.01)
     with torch.enable_grad():
@@ -87,4 +93,6 @@ def load_toy(name: str, uri: str, device: str | torch.device) -> TargetModel:
         block="blocks.{}", mlp="blocks.{}.mlp", attn=None, maps={"mlp.up": "blocks.{}.mlp.up", "mlp.down": "blocks.{}.mlp.down"}
     )
     about = {"features": features, "probability": probability, "loss": float(loss.detach())}
-    return TargetModel(uri, model, architecture, layers, width, "regression", device=device, about=about)
+    target = TargetModel(uri, model, architecture, layers, width, "regression", device=device, about=about)
+    target.apart = TOY_STREAM
+    return target

@@ -256,6 +256,27 @@ def test_a_toy_is_trained_once_and_a_rejected_seed_says_which_ones_do(quick):
     assert quick == [4, 3, 1, 1]
 
 
+def test_the_command_trains_a_toy_and_says_what_the_gate_found(quick, capsys):
+    from decomp_bench.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["target", "train", "toy:tms_5-2-id@6"])
+    assert not ended.value.code
+    assert "accepted: True" in (printed := capsys.readouterr().out)
+    assert "--target toy:tms_5-2-id@6" in printed
+    for arguments, code, words in (
+        (["toy:tms_5-2@1"], 1, "represents 0 of 5 features"),
+        (["toy:tms_5-2@4", "--seed", "2"], 2, "by name alone"),
+        (["toy:resid_mlp1"], 2, "trained afresh"),
+        (["toy:tms_9"], 2, "unknown toy"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["target", "train", *arguments])
+        assert ended.value.code == code
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert quick[0] == 6
+
+
 def test_every_listed_toy_has_a_recipe_and_bad_names_say_so():
     assert TOYS.keys() == library.RECIPES.keys()
     listed = {row["uri"] for row in targets.known()}

@@ -20,8 +20,8 @@ _SUPERPOSITION = "sparse features in {} hidden units, autoencoded (TMS, SPD)"
 _RESID = "residual MLP of {} computing {} features in {} neurons a layer (SPD)"
 _SYNTH = "activations of {} frequent, nested and correlated features in {} dimensions (SynthSAEBench), handed on as they are"
 TOYS = {
-    "tms_5-2": Listed("5 " + _SUPERPOSITION.format(2), "seconds", (2, 10)),
-    "tms_5-2-id": Listed("5 " + _SUPERPOSITION.format(2) + ", with a fixed identity layer between", "seconds", (2, 10)),
+    "tms_5-2": Listed("5 " + _SUPERPOSITION.format(2), "seconds", (2, 10, 22)),
+    "tms_5-2-id": Listed("5 " + _SUPERPOSITION.format(2) + ", with a fixed identity layer between", "seconds", (2, 10, 22)),
     "tms_40-10": Listed("40 " + _SUPERPOSITION.format(10), "two minutes", (0, 1)),
     "tms_40-10-id": Listed("40 " + _SUPERPOSITION.format(10) + ", with a fixed identity layer between", "two minutes", (0, 1)),
     "resid_mlp_1l": Listed(_RESID.format("one layer", 100, 50), "seconds", (0, 1)),

@@ -19,7 +19,7 @@ from decomp_bench.config import digest
 from decomp_bench.data.cache import cache_dir
 from decomp_bench.errors import UserError
 from decomp_bench.files import write_json
-from decomp_bench.targets.base import TargetModel
+from decomp_bench.targets.base import TOY_STREAM, TargetModel
 from decomp_bench.targets.toys import TOYS
 from decomp_bench.targets.toys.hierarchy import Hierarchy
 from decomp_bench.targets.toys.induction import Induction
@@ -121,12 +121,18 @@ def load_known(name: str, seed: int | None, uri: str, device: str | torch.device
     seed = seed if seed is not None else (seeds or TOYS[name].seeds)[0]
     folder, manifest = train_toy(name, seed)
     if not manifest["accepted"]:
-        others = ", ".join(f"toy:{name}@{other}" for other in accepted_seeds(name)) or "none yet"
-        fix = f"take an accepted seed ({others}), or try one: decomp-bench target train toy:{name}@SEED"
-        raise UserError(f"toy:{name}@{seed} {recipe.verdict(manifest['figures'])}: {fix}")
+        raise UserError(rejection(name, manifest))
     target = recipe.build(load_file(folder / "weights.safetensors"), uri, device)
     target.about |= {"seed": seed, **manifest["figures"]}
+    target.apart = 0 if isinstance(recipe, Synth) else TOY_STREAM  # a synthetic world is itself drawn apart
     return target
+
+
+def rejection(name: str, manifest: dict[str, Any]) -> str:
+    """What a rejected training came to, and what to do: one line."""
+    others = ", ".join(f"toy:{name}@{other}" for other in accepted_seeds(name)) or "none yet"
+    fix = f"take an accepted seed ({others}), or try one: decomp-bench target train toy:{name}@SEED"
+    return f"toy:{name}@{manifest['seed']} {_recipe(name).verdict(manifest['figures'])}: {fix}"
 
 
 def _recipe(name: str) -> Recipe:
