@@ -45,6 +45,10 @@ class StackedLoss(Protocol):
         bear the names of `named_parameters`, so that it can be compiled."""
         ...
 
+    def settle(self, weights: Mapping[str, Tensor]) -> None:
+        """Called after each step of the optimiser with the weights as `compute` has them, which it may change in place."""
+        ...
+
 
 def lanes(runs: Sequence[Training]) -> list[Training | Stacked]:
     """What advances at once: runs that differ in their seed only and stand at the same step together, others alone."""
@@ -75,6 +79,7 @@ class Stacked:
         self._losses, self._tried = _losses_of(self.loss, head), False
         self.optimiser = _stacked_optimiser(runs)
         self.weights = [group["params"][0] for group in self.optimiser.param_groups]
+        self._views = _named(head)([weights.detach() for weights in self.weights])
 
     @property
     def unfinished(self) -> bool:
@@ -116,6 +121,7 @@ class Stacked:
                 for run, norm in zip(self.runs, norms.unbind(), strict=True):
                     run.norms[i] = norm
         self.optimiser.step()
+        self.loss.settle(self._views)
         for run in self.runs:
             run.decomposer.after_step(progress)
         return _apart(terms), _apart(statistics)
@@ -141,21 +147,30 @@ class Stacked:
 
 def _losses_of(loss: StackedLoss, head: Training) -> Losses:
     """A function of weights and inputs: the sum of all losses, and without gradients each run's terms, `loss` their sum, and statistics."""
-    device, bf16 = head.device.type, head.bf16
-    names = {id(parameter): name for name, parameter in head.decomposer.named_parameters()}
-    groups = [{names[id(one)]: one.shape for one in group["params"]} for group in _optimiser(head).param_groups]
+    device, bf16, named = head.device.type, head.bf16, _named(head)
 
     def losses(flat: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Terms, Terms]:
-        weights = {}
-        for stacked, shapes in zip(flat, groups, strict=True):
-            weights |= dict(zip(shapes, _parts(stacked, list(shapes.values())), strict=True))
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            terms, statistics = loss.compute(weights, inputs)
+            terms, statistics = loss.compute(named(flat), inputs)
         total = torch.stack([term.float() for term in terms.values()]).sum(0)
         terms = {"loss": total, **terms}
         return total.sum(), {k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in statistics.items()}
 
     return losses
+
+
+def _named(head: Training) -> Callable[[Sequence[Tensor]], dict[str, Tensor]]:
+    """What gives the weights by name, each [runs, ...], of one tensor [runs, numbers] for each group."""
+    names = {id(parameter): name for name, parameter in head.decomposer.named_parameters()}
+    groups = [{names[id(one)]: one.shape for one in group["params"]} for group in _optimiser(head).param_groups]
+
+    def named(flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stacked, shapes in zip(flat, groups, strict=True):
+            found |= dict(zip(shapes, _parts(stacked, list(shapes.values())), strict=True))
+        return found
+
+    return named
 
 
 def _apart(values: Terms) -> dict[str, tuple[Tensor, ...]]:

@@ -90,14 +90,22 @@ def aligned(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], weight: Flo
 
 
 @torch.no_grad()
+def tied_pairs(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Matrices of which the second is the transpose of the first, and which have as many components."""
+    return [
+        (one, other)
+        for (one, first), (other, second) in combinations(components.items(), 2)
+        if first.n == second.n and weights[one].shape == weights[other].T.shape and torch.equal(weights[one], weights[other].T)
+    ]
+
+
 def tie(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> None:
-    """Where a matrix is the transpose of one before it, let its components lie in the memory of the other's, V in U and U in V.
+    """Let components of a matrix that is another's transpose lie in the memory of the other's, V in U and U in V.
 
     Both stay parameters with gradients and moments of their own, so that an optimiser's step moves the memory twice, as in SPD's code.
     """
-    for (one, first), (other, second) in combinations(components.items(), 2):
-        if first.n == second.n and weights[one].shape == weights[other].T.shape and torch.equal(weights[one], weights[other].T):
-            second.U.data, second.V.data = first.V.data.T, first.U.data.T
+    for one, other in tied_pairs(components, weights):
+        components[other].U.data, components[other].V.data = components[one].V.data.T, components[one].U.data.T
 
 
 def faithfulness(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> Float[Tensor, ""]:

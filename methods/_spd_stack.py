@@ -7,20 +7,21 @@ rows come last, so that everything elementwise, and every sum over rows, runs al
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from decomp_bench.decomposer import Batch, Point
 
+from ._components import tied_pairs
 from ._gates import key_of
 from ._importance import LEAK
 from ._reconstruction import distinct_rows
+from ._stacked_maps import StackedMaps, Written
 
 if TYPE_CHECKING:
     from ._spd_config import SPDConfig
@@ -33,7 +34,7 @@ NUMBERS = 1 << 22
 def fits(config: SPDConfig) -> bool:
     """Whether a config asks for nothing but what is computed here."""
     others = (config.subset, config.ci_masked, config.ci_layerwise, config.ci_subset, config.unmasked, config.hidden, config.schatten)
-    return config.gate == "scalar" and not config.tied and not config.adversarial and config.samples == 1 and not any(others)
+    return config.gate == "scalar" and not config.adversarial and config.samples == 1 and not any(others)
 
 
 def together(spd: SPD) -> int:
@@ -64,8 +65,10 @@ class StackedSPD:
         smooth = self.config.penalty == "smooth_l0"
         self.annealed = (self.config.gamma_end if smooth else self.config.p_end) is not None
         self.rows = {"x": 0, "y": 0, "weight": 0, "uniforms": 2}
-        self._map = _Maps(self)
-        self.model = self._map.put_into(copy.deepcopy(self.target.module))
+        self.maps = StackedMaps(self.target, self.own)
+        self._tied = tied_pairs(head.components, head.weights) if self.config.tied else []
+        self._were = {one: [torch.stack([getattr(member.components[one], which).detach() for member in members]) for which in "VU"]
+                      for one, _ in self._tied}  # fmt: skip
 
     @property
     def _last(self) -> str:
@@ -93,6 +96,17 @@ class StackedSPD:
             inputs["count"] = torch.tensor(float(count), device=self.device)
         return inputs
 
+    @torch.no_grad()
+    def settle(self, weights: Mapping[str, Tensor]) -> None:
+        """See `decomp_bench.stacking`: what is tied lies in two places here, and each is moved by what the step did to both."""
+        for one, other in self._tied:
+            first, second = (f"parts.{key_of(name)}." for name in (one, other))
+            for mine, its, was in zip("VU", "UV", self._were[one], strict=True):
+                here, there = weights[first + mine], weights[second + its]
+                here += there.mT - was
+                there.copy_(here.mT)
+                was.copy_(here)
+
     # ---- what is
 
     def compute(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -100,7 +114,7 @@ class StackedSPD:
         config, weight = self.config, inputs["weight"]
         parts = {name: (weights[f"parts.{key_of(name)}.V"], weights[f"parts.{key_of(name)}.U"]) for name in self.names}
         x = inputs["x"].expand(len(self.members), -1, -1)
-        clean = self._map.read(x)
+        _, clean = self.maps.run(x, {})
         lower, minimality, active = {}, [], []
         for name in self.names:
             z = self._logits(weights, name, _strength(clean[name], parts[name][0]))
@@ -148,11 +162,11 @@ class StackedSPD:
     def _error(self, part: str, x: Float[Tensor, "S rows d"], parts: Mapping[Point, tuple[Tensor, Tensor]], lower: Mapping[Point, Tensor],
                inputs: Mapping[str, Tensor]) -> Float[Tensor, " S"]:
         """Mean squared error of the output in one pass."""
-        codes = {}
+        written = {}
         for name, place in self.passes[part].items():
             source, remainder = inputs["uniforms"][:, place], inputs["uniforms"][:, place.stop] if self.config.delta else None
-            codes[name] = (*parts[name], source + lower[name] * (1 - source), remainder)
-        return (self._map.run(x, codes) - inputs["y"]).square().mean(-1) @ inputs["weight"]
+            written[name] = _masked(self.own[name][0], *parts[name], source + lower[name] * (1 - source), remainder)
+        return (self.maps.run(x, written)[0] - inputs["y"]).square().mean(-1) @ inputs["weight"]
 
 
 def _strength(x: Float[Tensor, "S rows d_in"], V: Float[Tensor, "S d_in C"]) -> Float[Tensor, "S C rows"]:
@@ -175,52 +189,12 @@ class _Lower(torch.autograd.Function):
         return torch.where(z > 0, torch.where(z > 1, 0.0, g), LEAK * leaking), None
 
 
-class _Maps:
-    """The target's model whose decomposed maps are masked in some passes, and note what they read in others."""
+def _masked(own: Tensor, V: Tensor, U: Tensor, mask: Float[Tensor, "S C rows"], delta: Float[Tensor, "S rows"] | None) -> Written:
+    """What a map writes with its components masked and, where there is one, so much of the remainder let through."""
 
-    def __init__(self, stack: StackedSPD) -> None:
-        self.own, self.target = stack.own, stack.target
-        self.codes: dict[Point, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
-        self.seen: dict[Point, Tensor] = {}
-
-    def put_into(self, model: nn.Module) -> nn.Module:
-        """A copy of the target's model, with the maps in place."""
-        for point in self.own:
-            parent, _, name = self.target.path(point).rpartition(".")
-            setattr(model.get_submodule(parent), name, _Map(self, point))
-        self.model = model
-        return model
-
-    def read(self, x: Tensor) -> dict[Point, Tensor]:
-        """What the maps read in a clean pass."""
-        self.codes, self.seen = {}, {}
-        self.model(x)
-        return self.seen
-
-    def run(self, x: Tensor, codes: dict[Point, tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor:
-        """The output [S, rows, d] with these maps masked: V, U, masks [S, C, rows], and masks of the remainder [S, rows] or None."""
-        self.codes = codes
-        output, self.codes, self.seen = self.model(x), {}, {}
-        return output
-
-    def __call__(self, point: Point, x: Tensor) -> Tensor:
-        """What a map gives."""
-        self.seen[point] = x
-        weight, bias = self.own[point]
-        if point not in self.codes:
-            return F.linear(x, weight, bias)
-        V, U, mask, delta = self.codes[point]
+    def write(x: Tensor) -> Tensor:
         if delta is None:
-            value = (_strength(x, V) * mask).mT @ U
-        else:
-            value = delta[..., None] * F.linear(x, weight) + (_strength(x, V) * (mask - delta[:, None])).mT @ U
-        return value if bias is None else value + bias
+            return (_strength(x, V) * mask).mT @ U
+        return delta[..., None] * F.linear(x, own) + (_strength(x, V) * (mask - delta[:, None])).mT @ U
 
-
-class _Map(nn.Module):
-    def __init__(self, maps: _Maps, point: Point) -> None:
-        super().__init__()
-        self.maps, self.point = maps, point
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.maps(self.point, x)
+    return write

@@ -7,7 +7,7 @@ they should be of low rank. A component counts once in every map, where its part
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,9 @@ from decomp_bench.decomposer import Batch, Choice, Codes, Decomposer, Inputs, Po
 from decomp_bench.replacement import clean_reads
 from decomp_bench.targets.base import JACOBIAN
 
+from ._apd_stack import StackedAPD, together
 from ._calibration import StrengthCounts
+from ._gates import key_of
 
 if TYPE_CHECKING:
     from decomp_bench.targets import TargetModel
@@ -95,8 +97,8 @@ class APD(Decomposer):
             d_out, d_in = target.weight(point).shape
             rank = config.rank or min(d_in, d_out)
             self._own[point] = (target.weight(point), target.bias(point))
-            self.A[_key(point)] = _xavier((n, d_in, rank), config.init_scale, generator)
-            self.B[_key(point)] = _xavier((n, rank, d_out), config.init_scale, generator)
+            self.A[key_of(point)] = _xavier((n, d_in, rank), config.init_scale, generator)
+            self.B[key_of(point)] = _xavier((n, rank, d_out), config.init_scale, generator)
             self.sites.append(Site(point, layer_of(point), sources, (Slot(point, point),), n))
         self.register_buffer("threshold", torch.zeros(()))
         self._statistics: dict[str, Tensor] = {}
@@ -110,7 +112,7 @@ class APD(Decomposer):
 
     def part(self, point: Point) -> tuple[Float[Tensor, "n d_in m"], Float[Tensor, "n m d_out"]]:
         """The factors of the components' parts of a map."""
-        return self.A[_key(point)], self.B[_key(point)]
+        return self.A[key_of(point)], self.B[key_of(point)]
 
     # ---- codes
 
@@ -200,6 +202,13 @@ class APD(Decomposer):
     def step_statistics(self) -> dict[str, Tensor]:
         return self._statistics
 
+    def stackable(self) -> int:
+        return together(self)
+
+    @classmethod
+    def stacked(cls, members: Sequence[APD]) -> StackedAPD:  # type: ignore[override]
+        return StackedAPD(members)
+
     # ---- accounting
 
     def component_sizes(self, site: Site) -> int:
@@ -234,10 +243,6 @@ class APD(Decomposer):
             return f"attributions take the derivative of every output, of which {target.uri} has too many: toys only"
         without = [str(layer) for layer in layers if not target.maps(layer)]
         return f"no known linear maps in the MLP of layers {', '.join(without)}" if without else None
-
-
-def _key(point: Point) -> str:
-    return point.replace(".", "_")
 
 
 def _xavier(shape: tuple[int, int, int], scale: float, generator: torch.Generator) -> nn.Parameter:

@@ -82,10 +82,38 @@ def test_each_one_s_losses_statistics_and_gradients_are_its_own(config):
 
 def test_what_is_not_computed_together_is_trained_alone(lm):
     target, _ = a_toy()
-    for config in ({"subset": 1.0}, {"tied": True, "init": "aligned"}, {"gate": "shared"}, {"samples": 2}, {"adversarial": 0.5}):
+    for config in ({"subset": 1.0}, {"gate": "shared"}, {"samples": 2}, {"adversarial": 0.5}):
         assert members(target, 1, **config)[0].stackable() == 0
     assert members(lm[0], 1)[0].stackable() == 0
     assert members(target, 1)[0].stackable() > 5
+
+
+def test_what_is_tied_is_moved_by_both_of_its_uses_as_it_is_in_one_memory():
+    target, source = a_toy(identity=True)
+    options = {"tied": True, "init": "aligned", "sigmoid": "leaky", "delta": False}
+    alone, stacked = members(target, **options), members(target, **options)
+    stack = StackedSPD(stacked)
+    weights = {name: torch.stack([dict(one.named_parameters())[name].detach() for one in stacked]).requires_grad_()
+               for name, _ in stacked[0].named_parameters()}  # fmt: skip
+    optimisers = [torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0) for parameters in (
+        list(weights.values()), *(list(one.parameters()) for one in alone))]  # fmt: skip
+    for step in range(3):
+        batch = a_batch(alone[0], source, range(32 * step, 32 * step + 32))
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        for one, other in zip(alone, stacked, strict=True):
+            draw_alike(stack, one, other)
+        terms, _ = stack.compute(weights, stack.prepare(batch, 0.1))
+        sum(terms.values()).sum().backward()
+        for one in alone:
+            sum(one.loss(batch, 0.1).values()).backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        stack.settle(weights)
+    for i, one in enumerate(alone):
+        assert torch.equal(one.parts["0_mlp_down"].U, one.parts["0_mlp_up"].V.T)
+        for name, parameter in one.named_parameters():
+            torch.testing.assert_close(weights[name][i], parameter, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_in_a_group_gives_what_it_gives_alone(tmp_path):
