@@ -46,7 +46,7 @@ class Dictionary(Coders):
         """`recon`: squared error over the variance of y, summed over layers; `sparsity`: the activation's penalty; `aux`: revival.
 
         `nested`: the same error of each shorter prefix (matryoshka); `wide`: of four times as many components (multi_k); `stochastic`:
-        with inactive components let through in part; `gate`: of what the gates alone reconstruct through the frozen decoder (gated).
+        with inactive components let through in part; `gate`: of what the gates alone reconstruct (gated).
         """
         config = self.config
         inputs = {site: self.coder(site).normalise(self._rows(batch, site.reads[0])) for site in self.sites}
@@ -174,9 +174,11 @@ class Dictionary(Coders):
             if (gates := coder.activation.open(code)) is not None:
                 opened[site] = gates
         if opened:
-            frozen = {site: self.coder(site).decoder().detach() for site in opened}
-            base = {write: constant.detach() for write, constant in constants.items()}
-            terms["gate"] = _error(self._written(base, opened, frozen), wanted)
+            decoders = {site: self.coder(site).decoder() for site in opened}
+            if config.gate_decoder == "frozen":
+                decoders = {site: decoder.detach() for site, decoder in decoders.items()}
+                constants = {write: constant.detach() for write, constant in constants.items()}
+            terms["gate"] = _error(self._written(constants, opened, decoders), wanted)
 
     def _add_revival(self, terms: Terms, inputs: dict[Site, Tensor], wanted: dict[Point, Tensor], totals: dict[Point, Tensor]) -> None:
         config = self.config

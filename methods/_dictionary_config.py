@@ -21,7 +21,7 @@ class DictionaryConfig(MethodConfig):
     """Peak learning rate of Adam. Short runs want it high: a third of it leaves a third more of the variance unexplained."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments; the second is short because a component sees few tokens of a batch."""
-    younger = ("k_by_layer", "stochastic")
+    younger = ("k_by_layer", "stochastic", "gate_decoder")
     features: PositiveInt = 512
     """Components of each site."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "groupmax"] = "batchtopk"
@@ -44,6 +44,8 @@ class DictionaryConfig(MethodConfig):
     """Sparsity penalty. None: l1 for relu and gated, l0 for jumprelu. relu and jumprelu also take tanh, jumprelu also target_l0."""
     l1: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the L1 penalty: the sum of strengths, each times the length of its write vector."""
+    gate_decoder: Literal["trained", "frozen"] = "trained"
+    """Whether the decoder learns from what the gates alone reconstruct, as in sae-lens, or not, as in the paper (gated)."""
     l0: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the L0 penalties: the number of active components (l0), or 2 / target * (that number - target)^2 (target_l0)."""
     target_l0: PositiveFloat = 16.0

@@ -18,8 +18,8 @@ from ._sparse import Support
 class Gated(Activation):
     """The gate is open where W_enc x + b_enc > 0; the strength is relu(exp(r_mag) W_enc x + b_mag) (Rajamanoharan et al. 2024).
 
-    A step function has no gradient, so the gate learns by two terms on relu(W_enc x + b_enc): an L1 penalty, and a reconstruction
-    from them through the frozen decoder. b_enc takes no part in the strength.
+    A step function has no gradient, so the gate learns by two terms on relu(W_enc x + b_enc): an L1 penalty, and a reconstruction from
+    them, through which the paper trains no decoder. b_enc takes no part in the strength.
     """
 
     def __init__(self, config: DictionaryConfig, features: int, bias: Float[Tensor, " features"]) -> None:

@@ -334,9 +334,10 @@ def test_the_target_of_the_l0_penalty_is_reached():
         assert float(codes.active.float().sum(1).mean()) == pytest.approx(2.5, rel=0.25)
 
 
-def test_gates_learn_through_a_frozen_decoder_and_have_one_bias():
-    """The gate's bias takes no part in strengths, and the reconstruction from gates alone trains no decoder."""
-    decomposer = make("transcoder", activation="gated", l1=0.0, aux=0.0).train()
+@pytest.mark.parametrize("decoder", ["trained", "frozen"])
+def test_gates_learn_through_the_decoder_which_may_be_frozen_and_have_one_bias(decoder):
+    """The gate's bias takes no part in strengths, and the reconstruction from gates alone trains no decoder that is frozen there."""
+    decomposer = make("transcoder", activation="gated", l1=0.0, aux=0.0, gate_decoder=decoder).train()
     data = batches()
     decomposer.before_training(data)
     batch = next(data)
@@ -346,8 +347,7 @@ def test_gates_learn_through_a_frozen_decoder_and_have_one_bias():
     torch.testing.assert_close(decomposer.encode(batch.clean)["0"].strength, before)
     decomposer.loss(batch, 1.0)["gate"].backward()
     coder = decomposer.coders["0"]
-    assert coder.W_dec.grad is None
-    assert decomposer.outputs["0"].b_dec.grad is None
+    assert (coder.W_dec.grad is None) == (decomposer.outputs["0"].b_dec.grad is None) == (decoder == "frozen")
     assert coder.activation.r_mag.grad is None
     assert coder.W_enc.grad.abs().max() > 0
     decomposer.zero_grad()

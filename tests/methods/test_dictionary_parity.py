@@ -190,9 +190,10 @@ def test_jumprelu_is_sae_lens_jumprelu(variant, dense_above, monkeypatch):
 
 
 @BOTH_WAYS
-def test_gated_is_sae_lens_gated_with_a_frozen_decoder(dense_above, monkeypatch):
-    """sae-lens trains the decoder on what the gates alone reconstruct; the paper freezes it there, and so do we. The term and the
-    gradients of the encoder agree, and our decoder and its bias get none from it but through what is read."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gated_is_sae_lens_gated_whose_decoder_may_be_frozen(dense_above, frozen, monkeypatch):
+    """sae-lens trains the decoder on what the gates alone reconstruct; the paper freezes it there. The term and the gradients of the
+    encoder agree either way; the decoder's are sae-lens' or none."""
     monkeypatch.setattr("decomp_bench.methods._activations.DENSE_ABOVE", dense_above)
     peer = Peer("gated", "default", activation="gated", l1=0.3)
     activation, decoder = peer.coder.activation, peer.coder.decoder()
@@ -205,6 +206,11 @@ def test_gated_is_sae_lens_gated_with_a_frozen_decoder(dense_above, monkeypatch)
     peer.agrees("sae_out", recon)
     peer.gradients_agree("mse_loss", peer.error(recon))
     peer.gradients_agree("l1_loss", activation.penalty(code, decoder))
+    if not frozen:
+        whole = peer.error(activation.open(code).decode(decoder) + peer.bias)
+        peer.agrees("loss.auxiliary_reconstruction_loss", whole)
+        peer.gradients_agree("auxiliary_reconstruction_loss", whole)
+        return
     gates = peer.error(activation.open(code).decode(decoder.detach()) + peer.bias.detach())
     peer.agrees("loss.auxiliary_reconstruction_loss", gates)
     named = {"W_enc": peer.coder.W_enc, "b_gate": peer.coder.b_enc}
