@@ -29,6 +29,8 @@ PANELS = (SUCCESS, "matched_cosine", "mmcs")
 TABLED = ("recovery_f1", "matched_cosine", "mmcs", "ml2r", "ml2r_longest", "merges", "splits", "spare", "live", "ci_error", "contributions")
 ENTRY = ["method", "family", "kind", "variant"]
 ROW, LEFT = 0.21, 1.25  # inches for a row, and for the labels
+CROWDED = 16
+"""Entries from which on those of a family share a row."""
 
 
 def wilson(successes: int, runs: int, z: float = 1.959964) -> tuple[float, float]:
@@ -73,25 +75,28 @@ def _successes(own: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure_of(table: pd.DataFrame, frame: pd.DataFrame) -> Figure:
-    """A panel for each measure, a line for each entry, 3.3 inches wide; grey crosses: the null of the same measure."""
+    """A panel for each measure, a row for each entry or family of many, 3.3 inches wide; grey crosses: the null of the same measure."""
     panels = [key for key in PANELS if key in set(table["metric"])]
     entries = list(dict.fromkeys(table[ENTRY].itertuples(index=False, name=None)))
     looks = styles(told_apart(tidy(frame)))
-    height = ROW * (len(entries) + 0.8)
+    names = _names(entries) if len(entries) <= CROWDED else [entry[1].partition(",")[0] for entry in entries]  # without conditions
+    rows_of = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    colours = {name: looks[entry[1], entry[2]].colour for name, entry in reversed([*zip(names, entries, strict=True)])}
+    height = ROW * (len(rows_of) + 0.8)
     with plain():
         figure = canvas(len(panels), 3.3, height)
         for axes, key in zip(figure.axes, panels, strict=True):
             rows = table[table["metric"] == key].set_index(ENTRY)
-            for place, entry in enumerate(entries):
+            for name, entry in zip(names, entries, strict=True):
                 if entry in rows.index:
-                    _dot(axes, rows.loc[entry], place, looks[entry[1], entry[2]].colour)
+                    _dot(axes, rows.loc[entry], rows_of[name], colours[name])
             axes.set_title(MEASURES[key].label, fontsize=TEXT, pad=3)
             axes.set_xlim(-0.04, 1.04)
             axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
-            axes.set_ylim(len(entries) - 0.4, -0.6)
+            axes.set_ylim(len(rows_of) - 0.4, -0.6)
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
-        figure.axes[0].set_yticks(range(len(entries)), _names(entries), fontsize=TEXT)
+        figure.axes[0].set_yticks(range(len(rows_of)), ["\n".join(textwrap.wrap(name, 26)) for name in rows_of], fontsize=TEXT)
         finish(figure, height, [_legend()], _caption(table, panels, frame), LEFT)
     return figure
 
@@ -105,10 +110,9 @@ def _dot(axes, row: pd.Series, place: int, colour: str) -> None:
 
 
 def _names(entries: list[tuple]) -> list[str]:
-    """Families, with the variant where a family has several, on as many lines as they need."""
+    """Families, with the variant where a family has several."""
     several = {entry[1] for entry in entries for other in entries if entry[1] == other[1] and entry[3] != other[3]}
-    names = [entry[1] + (f", {entry[3]}" if entry[1] in several else "") for entry in entries]
-    return ["\n".join(textwrap.wrap(name, 26)) for name in names]
+    return [entry[1] + (f", {entry[3]}" if entry[1] in several else "") for entry in entries]
 
 
 def _legend() -> Entries:
@@ -123,5 +127,6 @@ def _caption(table: pd.DataFrame, panels: list[str], frame: pd.DataFrame) -> str
     return (
         f"{'; '.join(f'{MEASURES[key].label}: {MEASURES[key].definition}' for key in panels)}. Target {table['target'].iloc[0]} "
         f"({str(frame['target_hash'].iloc[0])[:8]}), seeds an entry: {count}. Bars: 95%, Wilson for the rate, t over seeds for the others."
+        + (" Settings of one family share a row." if len(set(table[ENTRY].itertuples(index=False, name=None))) > CROWDED else "")
     )
 
