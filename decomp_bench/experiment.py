@@ -111,6 +111,7 @@ class Options:
     target: str | None = None
     set: tuple[str, ...] = ()
     workers: int | None = None
+    """Worker processes; None: one for each core; 0: this process alone."""
     existing: Existing = "resume"
 
 
@@ -368,7 +369,7 @@ def _execute(made: Plan, todo: dict[str, dict[str, Any]], options: Options, repo
     measuring = sum(one.seconds for one in made.measure)
     whole = options.existing == "overwrite"
     seconds = {id(one.config): (estimate(one.config) + measuring if whole else max(1.0, todo[one.id]["seconds"])) for one in wanted}
-    workers = options.workers or default_workers(wanted[0].config.train)
+    workers = default_workers(wanted[0].config.train) if options.workers is None else options.workers
     groups = chunked([one.config for one in wanted], lambda config: seconds[id(config)], apart, workers)
     for group in groups:
         group.measuring = min(1.0, len(group.configs) * measuring / group.cost)

@@ -1,23 +1,30 @@
-"""Every experiment's smoke preset, one after another, in a folder of its own: nothing that was made before is found, and nothing is left.
+"""Every experiment's smoke preset in a folder of its own: nothing that was made before is found, and nothing is left.
 
-One process plans and draws all of them, so that imports, the target and its text are paid for once.
+A process for each core takes one experiment after another and executes its runs itself, so that imports are paid for once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import multiprocessing
+import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from decomp_bench.config import TrainConfig
+from decomp_bench.costs import default_workers
 from decomp_bench.errors import UserError
 from decomp_bench.experiment import Experiment, Options, load, run
 from decomp_bench.script import execute
 
 PRESET = "smoke"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -39,24 +46,48 @@ def smoke(experiments: Sequence[Experiment], into: Path, tell: Callable[[Smoked]
     for one in experiments:
         shutil.copytree(one.path, into / "experiments" / one.name, ignore=shutil.ignore_patterns("__pycache__"))
     done = []
-    for one in experiments:
-        began = time.monotonic()
-        with (into / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            print(f"\n{one.name}")
-            error = _run(into / "experiments" / one.name, workers)
-            print(error)
-        done.append(Smoked(one.name, time.monotonic() - began, error))
-        tell(done[-1])
+    with _threads(TrainConfig().threads):
+        pool = ProcessPoolExecutor(workers or default_workers(TrainConfig()), multiprocessing.get_context("spawn"))
+        try:
+            for one, printed in pool.map(_smoked, [into / "experiments" / one.name for one in experiments]):
+                with (into / "log.txt").open("a") as log:
+                    log.write(printed)
+                done.append(one)
+                tell(one)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return done
 
 
-def _run(path: Path, workers: int | None) -> str:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes that are started meanwhile keep to so many threads."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(count)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _smoked(path: Path) -> tuple[Smoked, str]:
+    """How an experiment went, and all that it printed."""
+    began, printed = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        print(f"\n{path.name}")
+        error = _run(path)
+        print(error)
+    return Smoked(path.name, time.monotonic() - began, error), printed.getvalue()
+
+
+def _run(path: Path) -> str:
     """Run one experiment; what failed."""
     try:
         found = load(str(path))
         if found.config.script:
             return "" if any(execute(found, Options(preset=PRESET)).iterdir()) else "it wrote nothing"
-        outcome = run(found, Options(preset=PRESET, workers=workers))
+        outcome = run(found, Options(preset=PRESET, workers=0))
         return "; ".join(outcome.failures) or ("" if outcome.frame is not None else "no run applies to its target")
     except Exception as error:  # whatever it is, the others still run
         print(traceback.format_exc())

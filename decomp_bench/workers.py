@@ -106,7 +106,12 @@ def launch(
     measurements: Mapping[str, Mapping[str, Any]] | None = None,
     every: float = 0.5,
 ) -> list[Group]:
-    """Execute groups in worker processes, so many at a time. Ctrl-C stops them, waits until they saved their state, and is raised again."""
+    """Execute groups in worker processes, so many at a time; none: in this process.
+
+    Ctrl-C stops them, waits until they saved their state, and is raised again.
+    """
+    if not workers:
+        return _here(groups, existing, experiment, measurements or {})
     folder = (runs_folder() / ".jobs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}").resolve()
     began, waiting = time.monotonic(), list(groups)
     try:
@@ -129,6 +134,18 @@ def launch(
         raise
     if not any(group.error for group in groups):
         shutil.rmtree(folder, ignore_errors=True)
+    return groups
+
+
+def _here(groups: list[Group], existing: Existing, experiment: str, measurements: Mapping[str, Mapping[str, Any]]) -> list[Group]:
+    from decomp_bench.launch import execute
+
+    for group in groups:
+        try:
+            group.runs = execute(group.configs, existing, experiment, measurements=measurements)
+        except UserError as error:
+            group.error = str(error)
+        group.finished = True
     return groups
 
 

@@ -67,6 +67,6 @@ def test_runs_that_fail_and_experiments_without_any_are_failures(project, monkey
         frame = None
 
     monkeypatch.setattr(smoking, "run", lambda found, options: Outcome)
-    assert smoking._run(project / "experiments" / "003_runs", 1) == "no run applies to its target"
+    assert smoking._run(project / "experiments" / "003_runs") == "no run applies to its target"
     Outcome.failures = ("one diverged", "another too")
-    assert smoking._run(project / "experiments" / "003_runs", 1) == "one diverged; another too"
+    assert smoking._run(project / "experiments" / "003_runs") == "one diverged; another too"
