@@ -41,7 +41,7 @@ class RunSpec(Config):
     """What the experiment's figures tell these runs apart by, such as `trained: "{train_on}"`, where a brace names a config key. It stands
     in the column `condition` of the experiment's results; no run's id depends on it."""
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Preset -> what it changes in this entry (`config`, `sweep`, `layers`, `at`)."""
+    """Preset -> what it changes in this entry (`config`, `sweep`, `layers`, `at`, `seeds`)."""
 
 
 class ExperimentConfig(Config):
@@ -233,16 +233,20 @@ def _conditioned(experiment: Experiment, options: Options) -> list[tuple[RunConf
     made = []
     for spec in whole.runs:
         if not options.only or spec.method in options.only:
+            spec = _spec_of_preset(spec, preset, where)
             own = tuple(seed for seed in whole.seeds if not spec.seeds or seed in spec.seeds)
-            made += _spec_configs(spec, preset, common, options.seeds or own, sets, where)
+            made += _spec_configs(spec, common, options.seeds or own, sets, where)
     return made
 
 
-def _spec_configs(
-    spec: RunSpec, preset: str | None, common: dict, seeds: tuple[int, ...], sets: tuple[str, ...], where: str
-) -> list[tuple[RunConfig, str]]:
+def _spec_of_preset(spec: RunSpec, preset: str | None, where: str) -> RunSpec:
     raw = spec.model_dump(mode="json", exclude={"presets"})
-    spec = parse(RunSpec, merge(raw, spec.presets.get(preset, {}) if preset else {}), f"{where}, preset {preset} of {spec.method}")
+    return parse(RunSpec, merge(raw, spec.presets.get(preset, {}) if preset else {}), f"{where}, preset {preset} of {spec.method}")
+
+
+def _spec_configs(
+    spec: RunSpec, common: dict, seeds: tuple[int, ...], sets: tuple[str, ...], where: str
+) -> list[tuple[RunConfig, str]]:
     points: list[dict[str, Any]] = [spec.config]
     for key, values in spec.sweep.items():
         points = [{**point, key: value} for point in points for value in values]

@@ -102,6 +102,9 @@ def test_an_entry_takes_only_its_own_seeds_of_the_experiment(place):
     config.write_text(yaml.safe_dump(raw))
     found = experiment.load("007")
     assert [(c.method_config.get("k"), c.seed) for c in experiment.configs(found, Options())] == [(1, 1), (2, 1), (None, 0), (None, 1)]
+    raw["runs"][0]["presets"]["paper"]["seeds"] = [0]
+    config.write_text(yaml.safe_dump(raw))
+    assert {c.seed for c in experiment.configs(experiment.load("007"), Options(preset="paper", only=("probe_experiment",)))} == {0}
     assert {c.seed for c in experiment.configs(found, Options(seeds=(3, 4)))} == {3, 4}
     assert len(experiment.configs(found, Options(seeds=(3, 4)))) == 6
 
