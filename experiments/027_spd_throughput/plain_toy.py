@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from decomp_bench.decomposer import Decomposer
 
 
-class Plain:
+class PlainToy:
     """One decomposition with scalar gates of a toy, from an SPD's initial weights and settings (constant exponent, straight-through)."""
 
     def __init__(self, spd: Decomposer) -> None:

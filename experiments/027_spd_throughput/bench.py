@@ -1,4 +1,4 @@
-"""Alternating turns of SPD's training steps on a toy: straightforward code with one seed, this project with one seed and with several."""
+"""Alternating turns of training steps of SPD or VPD: straightforward code with one seed, this project with one seed and with several."""
 
 import tempfile
 import time
@@ -18,16 +18,19 @@ from decomp_bench.registry import method
 from decomp_bench.stacking import lanes
 from decomp_bench.training import Job, Streams, Training
 
-from .plain import Plain
+from .plain_lm import PlainLM
+from .plain_toy import PlainToy
 
 FOREVER = 10**9
 
 
 class Settings(Config):
     target: str
+    method: str = "spd"
     config: dict
-    """SPD's own."""
+    """The method's own."""
     seeds: PositiveInt
+    """Of a toy; a language model's are trained one by one."""
     compile: str
     warmup: PositiveInt
     steps: PositiveInt
@@ -51,13 +54,13 @@ def measure(chosen: Settings) -> pd.DataFrame:
     """CPU seconds of a step of each, one row for each turn; turns alternate."""
     target = targets.load(chosen.target)
     source = data.source(target, DataConfig())
-    kind = method("spd")
+    kind = method(chosen.method)
     config = parse(kind.Config, {**chosen.config, "steps": FOREVER}, "027 config")
 
     def made(seeds: int) -> list[Decomposer]:
         return [kind(config, target, tuple(range(target.layers)), seed) for seed in range(seeds)]
 
-    plain, rows = Plain(made(1)[0]), order(source.size("train"), 0, 0)
+    plain, rows = (PlainLM if target.is_lm else PlainToy)(made(1)[0]), order(source.size("train"), 0, 0)
 
     def straightforward(step: int) -> None:
         place = step * config.batch % (len(rows) - config.batch + 1)
