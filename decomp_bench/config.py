@@ -111,7 +111,7 @@ class TrainConfig(Config):
     device: str = "auto"
     """auto: cuda, then mps, then cpu."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast where the device multiplies bf16 natively (CUDA), fp32 elsewhere. Evaluation is always fp32."""
+    """auto: bf16 autocast of language models where the device multiplies bf16 natively (CUDA), else fp32. Evaluation is always fp32."""
     threads: PositiveInt = 1
     """CPU threads; recorded, since the last bits of a sum depend on it."""
     log_every: PositiveInt = 20

@@ -100,7 +100,7 @@ class Training:
         self.config = job.decomposer.config
         self.step, self.outcome, self.last = 0, Outcome(), {}
         self.optimiser: torch.optim.Optimizer | None = None
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and self.decomposer.target.is_lm)
         self.device = device
         self.pending: list[dict[str, Tensor]] = []
         """Terms of the steps since the last log line."""

@@ -60,8 +60,9 @@ class StackedAPD:
         gate = self._gate(parts, inputs)
         x = inputs["x"].expand(len(self.members), -1, -1)
         output, read = self.maps.run(x, {point: _switched(*part, gate) for point, part in parts.items()})
-        totals = {point: (A.transpose(1, 2).flatten(2) @ B.flatten(1, 2)).mT for point, (A, B) in parts.items()}
-        unfaithful = torch.stack([(total - self.own[point][0]).square().sum((1, 2)) for point, total in totals.items()]).sum(0)
+        with torch.autocast(self.target.device.type, enabled=False):
+            totals = {point: (A.transpose(1, 2).flatten(2) @ B.flatten(1, 2)).mT for point, (A, B) in parts.items()}
+            unfaithful = torch.stack([(total - self.own[point][0]).square().sum((1, 2)) for point, total in totals.items()]).sum(0)
         share = gate.sum(1) / batch
         terms = {
             "faithfulness": config.faithfulness * unfaithful / self.size,

@@ -110,10 +110,12 @@ def tie(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> 
 
 def faithfulness(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """Mean squared remainder over all entries of the decomposed matrices: sum_l ||W_l - (V_l U_l)^T||^2 / sum_l numel(W_l)."""
-    total = torch.zeros((), device=next(iter(weights.values())).device)
-    for name, part in components.items():
-        remainder = torch.addmm(weights[name].T, part.V, part.U, beta=-1)
-        total = total + remainder.square().sum()
+    device = next(iter(weights.values())).device
+    total = torch.zeros((), device=device)
+    with torch.autocast(device.type, enabled=False):  # the remainder is as small as a rounding to bf16
+        for name, part in components.items():
+            remainder = torch.addmm(weights[name].T, part.V, part.U, beta=-1)
+            total = total + remainder.square().sum()
     return total / sum(weights[name].numel() for name in components)
 
 
@@ -158,6 +160,7 @@ class _RoutedMap(torch.autograd.Function):
     """The masked map at routed rows and the target's own at the others, computing components of the routed rows only."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # positions are chosen by index on a CPU alone
     def forward(ctx, x, strength, gate, delta, U, weight, rows):
         mixed = strength * gate if delta is None else (gate - delta[:, None]).mul_(strength)
         y = x @ weight.T
@@ -167,6 +170,7 @@ class _RoutedMap(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, g):  # type: ignore[override]
         strength, gate, delta, U, weight, rows, mixed, own = ctx.saved_tensors
         routed = g.index_select(0, rows)

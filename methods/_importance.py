@@ -99,9 +99,9 @@ def importances(z: Float[Tensor, "rows C"], weight: Float[Tensor, " rows"], coun
     Lower importances are clamp(z, 0, 1). `straight` (SPD main, VPD): below 0 the backward pass has a slope of 0.01 for those gradients only
     that would raise z. Otherwise (SPD paper) they are 0.01 z there, slightly negative. Minimality is the penalty of the upper importances,
     max(z, 0) up to 1 and 1 + 0.01 (z - 1) above. Slopes at the kinks are fixed: at z = 0 the lower side's, at z = 1 one. `weight` averages
-    over the `count` real rows: 1 / count there, 0 at padding.
+    over the `count` real rows: 1 / count there, 0 at padding. All in float32, whatever the logits are in.
     """
-    return _Importances.apply(z, weight, count, penalty, straight)  # type: ignore[return-value]
+    return _Importances.apply(z.float(), weight, count, penalty, straight)  # type: ignore[return-value]
 
 
 def annealed(start: float, end: float | None, progress: float, begin: float, finish: float, geometric: bool = False) -> float:

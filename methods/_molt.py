@@ -82,7 +82,8 @@ def _apart(x: Tensor, gates: Float[Tensor, " active"], row: Int[Tensor, " active
     """Each map on the rows where it is active; `row` and `gates` are ordered by map, of which map t has counts[t]."""
     read = x.index_select(0, row).split(counts)
     written = torch.cat([part @ v.T @ u for part, v, u in zip(read, V.unbind(), U.unbind(), strict=True)])
-    return written.new_zeros(len(x), U.shape[2]).index_add(0, row, written * gates[:, None])
+    written = written * gates[:, None]
+    return written.new_zeros(len(x), U.shape[2]).index_add(0, row, written)
 
 
 @dataclass

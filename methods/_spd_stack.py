@@ -156,7 +156,8 @@ class StackedSPD:
         return (mean * (1 + config.beta * torch.log2(1 + mean * inputs["count"]))).sum(1) if config.beta else mean.sum(1)
 
     def _faithfulness(self, parts: Mapping[Point, tuple[Tensor, Tensor]]) -> Float[Tensor, " S"]:
-        errors = [(self.own[name][0].T - V @ U).square().sum((1, 2)) for name, (V, U) in parts.items()]
+        with torch.autocast(self.device.type, enabled=False):
+            errors = [(self.own[name][0].T - V @ U).square().sum((1, 2)) for name, (V, U) in parts.items()]
         return torch.stack(errors).sum(0) / sum(weight.numel() for weight, _ in self.own.values())
 
     def _error(self, part: str, x: Float[Tensor, "S rows d"], parts: Mapping[Point, tuple[Tensor, Tensor]], lower: Mapping[Point, Tensor],

@@ -179,7 +179,8 @@ class APD(Decomposer):
 
     def _unfaithful(self) -> Float[Tensor, ""]:
         """Squared difference between the sum of the components and the weights, over all maps."""
-        pairs = [(torch.einsum("ndm,nme->ed", *self.part(point)), weight) for point, (weight, _) in self._own.items()]
+        with torch.autocast(self.target.device.type, enabled=False):
+            pairs = [(torch.einsum("ndm,nme->ed", *self.part(point)), weight) for point, (weight, _) in self._own.items()]
         return torch.stack([(total - weight).square().sum() for total, weight in pairs]).sum()
 
     def _schatten(self) -> Float[Tensor, " n"]:
