@@ -1,8 +1,9 @@
 """Whether a training still works, judged from its log lines: a loss that is not finite, or a collapse that a sum of losses would hide.
 
 A collapse is what trainings of adversarial parameter decompositions were seen to end in long after they had converged: one loss term and
-the gradient of a parameter group grow tenfold and more within a few log lines, or the number of active components falls to a tenth while
-a term doubles. Each is judged against the median of the lines before, and only when it stays so for several lines.
+the gradient of a parameter group grow tenfold and more within a few log lines, or the number of active components, or of those that are
+ever active, falls to a tenth while a term doubles. Each is judged against the median of the lines before, and only when it stays so for
+several lines.
 """
 
 from __future__ import annotations
@@ -65,4 +66,7 @@ class Watch:
             return f"{told} and a gradient's norm from {usual[steep[0]]:.3g} to {line[steep[0]]:.3g}"
         if rise > DOUBLED and line.get("l0", math.inf) < FALL * usual.get("l0", 0.0):
             return f"{told} and L0 fell from {usual['l0']:.3g} to {line['l0']:.3g}"
+        alive, before = 1 - line.get("dead", 0.0), 1 - usual.get("dead", 0.0)
+        if rise > DOUBLED and alive < FALL * before:
+            return f"{told} and live components fell from {before:.1%} to {alive:.1%}"
         return None

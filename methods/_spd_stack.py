@@ -115,12 +115,12 @@ class StackedSPD:
         parts = {name: (weights[f"parts.{key_of(name)}.V"], weights[f"parts.{key_of(name)}.U"]) for name in self.names}
         x = inputs["x"].expand(len(self.members), -1, -1)
         _, clean = self.maps.run(x, {})
-        lower, minimality, active = {}, [], []
+        lower, minimality, frequency = {}, [], []
         for name in self.names:
             z = self._logits(weights, name, _strength(clean[name], parts[name][0]))
             lower[name] = cast(Tensor, _Lower.apply(z, config.sigmoid == "straight_through"))
             minimality.append(self._minimality(z, weight, inputs))
-            active.append(((z > 0) * weight).sum(-1).sum(1))  # a sum over both at once is compiled anew as rows change
+            frequency.append(((z > 0) * weight).sum(-1))
         faith = self._faithfulness(parts)
         terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum(0)}
         errors = {part: self._error(part, x, parts, lower, inputs) for part in self.passes}
@@ -128,7 +128,8 @@ class StackedSPD:
             terms["stochastic"] = config.stochastic * errors["stochastic"]
         if config.layerwise:
             terms["layerwise"] = config.layerwise * torch.stack([errors[f"layerwise {name}"] for name in self.names]).mean(0)
-        statistics = {"l0": torch.stack(active).sum(0) / len(self.members[0].layers), "faith": faith}
+        l0 = torch.stack([often.sum(1) for often in frequency]).sum(0) / len(self.members[0].layers)
+        statistics = {"l0": l0, "dead": (torch.cat(frequency, 1) == 0).float().mean(1), "faith": faith}
         return terms, statistics | ({"mse": terms[last] / getattr(config, last)} if (last := self._last) else {})
 
     def _logits(self, weights: Mapping[str, Tensor], name: Point, strength: Float[Tensor, "S C rows"]) -> Float[Tensor, "S C rows"]:

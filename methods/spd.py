@@ -201,7 +201,8 @@ class SPD(Decomposer):
         if config.schatten:
             terms["schatten"] = config.schatten * self._schatten(logits, rows, progress)
         terms |= self._reconstructions(batch, rows, lower, progress)
-        self._statistics |= {"l0": _l0(frequency) / len(self.layers), "faith": faith.detach()}
+        silent = torch.cat([(value == 0).float() for value in frequency.values()]).mean()
+        self._statistics |= {"l0": _l0(frequency) / len(self.layers), "dead": silent, "faith": faith.detach()}
         return terms
 
     def _reconstructions(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor], progress: float) -> dict[str, Tensor]:

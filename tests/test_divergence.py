@@ -36,6 +36,9 @@ def test_the_collapse_that_the_sum_of_losses_hides_is_named():
     assert "norm from 0.16 to 57" in found[-1]
     dead = judged(healthy + [line(800 + 20 * i, recon=0.9, l0=9.0) for i in range(PATIENCE)])
     assert "L0 fell from 160 to 9" in (dead[-1] or "")
+    healthy = [one | {"dead": 0.4} for one in healthy]
+    dead = judged(healthy + [line(800 + 20 * i, recon=0.9, dead=0.97) for i in range(PATIENCE)])
+    assert "live components fell from 60.0% to 3.0%" in (dead[-1] or "")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,7 @@ def test_the_collapse_that_the_sum_of_losses_hides_is_named():
         {"grad_norm_1": 57.0},  # a steep place alone
         {"recon": 3.15},  # a loss alone, as where its weight is annealed
         {"l0": 9.0},  # sparser, at no cost
+        {"dead": 0.97},
         {"minimality": 6.0, "grad_norm_0": 0.05},
     ],
 )
