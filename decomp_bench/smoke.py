@@ -14,12 +14,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from decomp_bench.config import TrainConfig
 from decomp_bench.costs import default_workers
-from decomp_bench.errors import UserError
+from decomp_bench.errors import RunFailed, UserError
 from decomp_bench.experiment import Experiment, Options, load, run
 from decomp_bench.script import execute
 
@@ -39,7 +40,7 @@ class Smoked:
 def smoke(experiments: Sequence[Experiment], into: Path, tell: Callable[[Smoked], None], workers: int | None = None) -> list[Smoked]:
     """Copy these experiments into a folder and run the smoke preset of each there; what they print goes into FOLDER/log.txt.
 
-    One that fails does not stop the others. Raises UserError where the folder has experiments already.
+    One that fails does not stop the others. Raises UserError where the folder has experiments already, RunFailed where a process is killed.
     """
     if (into / "experiments").exists():
         raise UserError(f"{into} has experiments already: name an empty folder")
@@ -54,6 +55,8 @@ def smoke(experiments: Sequence[Experiment], into: Path, tell: Callable[[Smoked]
                     log.write(printed)
                 done.append(one)
                 tell(one)
+        except BrokenProcessPool:
+            raise RunFailed(f"a process was killed after {len(done)} experiments, perhaps for want of memory: try --workers 1") from None
         finally:
             pool.shutdown(cancel_futures=True)
     return done

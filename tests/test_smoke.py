@@ -9,6 +9,7 @@ from decomp_bench.cli import main
 
 RUNS = "title: T\nruns: [{method: %s}]\npresets: {smoke: {}}\n"
 SCRIPT = "title: S\nscript: own.py\nsettings: {n: 1}\npresets: {smoke: {settings: {n: 2}}}\n"
+KILLED = "import os\ndef main(settings, folder): os._exit(9)\n"
 OWN = "def main(settings, folder):\n    print('said')\n    (folder / 'made.txt').write_text(str(settings['n']))\n"
 
 
@@ -70,3 +71,10 @@ def test_runs_that_fail_and_experiments_without_any_are_failures(project, monkey
     assert smoking._run(project / "experiments" / "003_runs") == "no run applies to its target"
     Outcome.failures = ("one diverged", "another too")
     assert smoking._run(project / "experiments" / "003_runs") == "one diverged; another too"
+
+
+def test_a_process_that_is_killed_is_one_line(project, capsys):
+    (project / "experiments" / "002_idle" / "own.py").write_text(KILLED)
+    code, _, error = call(capsys, "--workers", "1", "--keep", "kept")
+    assert (code, len(error.strip().splitlines())) == (1, 1)
+    assert "a process was killed after" in error
