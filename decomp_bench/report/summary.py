@@ -135,13 +135,14 @@ def noise_table(root: Path, experiments: Sequence[Experiment]) -> str:
 
 
 def file_table(root: Path, experiments: Sequence[Experiment], file: str, *wanted: str) -> str:
-    """Columns of a CSV file of results, numbers to three digits, without the rows that an argument `COLUMN!=VALUE` names."""
+    """Columns of a CSV file of results, numbers to three digits; of its rows those that arguments `COLUMN=VALUE`, `COLUMN!=VALUE` leave."""
     import pandas as pd
 
     data = pd.read_csv(root / "results" / file, keep_default_na=False, na_values=[""])
-    for column, value in (word.split("!=", 1) for word in wanted if "!=" in word):
-        data = data[data[column].astype(str) != value]
-    columns = [word for word in wanted if "!=" not in word]
+    for column, value in (word.split("=", 1) for word in wanted if "=" in word):
+        kept = data[column.removesuffix("!")].astype(str) == value
+        data = data[~kept if column.endswith("!") else kept]
+    columns = [word for word in wanted if "=" not in word]
     data = data[columns]
     texts = sum(not pd.api.types.is_numeric_dtype(data[name]) for name in columns)
     lines = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in data.itertuples(index=False)]

@@ -84,6 +84,7 @@ def test_every_experiment_has_its_results_and_verdict(project):
 def test_a_file_is_shown_as_it_is(project):
     (project / "results" / "007_something" / "own.csv").write_text("name,other,rate_x\na,1,1234.5\nb,2,\n")
     assert "| name | rate x |\n| --- | ---: |\n| a | 1,234 |\n\n" in made(project, "file 007_something/own.csv name rate_x name!=b")
+    assert "| name | rate x |\n| --- | ---: |\n| a | 1,234 |\n\n" in made(project, "file 007_something/own.csv name rate_x name=a")
     assert "| b | – |" in made(project, "file 007_something/own.csv name rate_x")
 
 
