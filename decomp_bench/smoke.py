@@ -23,9 +23,9 @@ from decomp_bench.costs import default_workers
 from decomp_bench.errors import RunFailed, UserError
 from decomp_bench.experiment import Experiment, Options, load, run
 from decomp_bench.script import execute
+from decomp_bench.workers import THREADS
 
 PRESET = "smoke"
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)

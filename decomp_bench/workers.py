@@ -27,6 +27,8 @@ EVALUATION_SHARE = 0.25
 """Part of a group's work that comes after training, for the estimate of the time left."""
 SMALL = 600.0
 """Estimated seconds of a whole below which a group for each worker is enough."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Variables that tell a process how many threads to compute with."""
 PATIENCE = 90.0
 """Seconds that stopped workers get to save their state."""
 
@@ -156,7 +158,7 @@ def _start(group: Group, folder: Path, job: dict[str, Any]) -> None:
     (group.folder / "job.json").write_text(json.dumps(job))
     threads = str(group.configs[0].train.threads)
     environment = {**os.environ, FOLDER_VARIABLE: str(runs_folder().resolve()), "PYTHONUNBUFFERED": "1"}
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    environment |= dict.fromkeys(THREADS, threads)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     with (group.folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "decomp_bench.workers", str(group.folder / "job.json")]

@@ -89,7 +89,6 @@ def aligned(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], weight: Flo
     return V, U * ((V.T @ weight.T) * U).sum(1, keepdim=True)
 
 
-@torch.no_grad()
 def tied_pairs(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Matrices of which the second is the transpose of the first, and which have as many components."""
     return [
@@ -99,6 +98,7 @@ def tied_pairs(components: Mapping[str, Components], weights: Mapping[str, Tenso
     ]
 
 
+@torch.no_grad()
 def tie(components: Mapping[str, Components], weights: Mapping[str, Tensor]) -> None:
     """Let components of a matrix that is another's transpose lie in the memory of the other's, V in U and U in V.
 

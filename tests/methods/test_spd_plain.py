@@ -21,6 +21,15 @@ def bench():
     return script._module(experiment.load(str(BENCH)))
 
 
+def losses_agree(found, expected):
+    """Term by term; then the gradients of both are taken."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    sum(found.values()).backward()
+    sum(expected.values()).backward()
+
+
 def test_on_a_toy(bench):
     target, source = a_toy()
     (spd,) = members(target, 1, penalty="lp", p=1.0, clip=None)
@@ -29,12 +38,7 @@ def test_on_a_toy(bench):
     ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
     spd.uniforms.draw = lambda *shape, device: torch.rand(shape, generator=ours)
     plain.draw = lambda *shape: torch.rand(shape, generator=theirs)
-    found, expected = spd.loss(batch, 0.0), plain.losses(batch.x)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
-    sum(found.values()).backward()
-    sum(expected.values()).backward()
+    losses_agree(spd.loss(batch, 0.0), plain.losses(batch.x))
     for name, parameter in spd.named_parameters():
         torch.testing.assert_close(parameter.grad, plain.weights[name].grad, rtol=1e-3, atol=1e-6)
 
@@ -60,12 +64,7 @@ def test_on_a_language_model(bench, lm, gated_lm, name, monkeypatch):
             spd.adversary.sources.start(torch.Generator().manual_seed(1), target.device)
             places = batch.x.shape[1]
             plain.sources = {key: value[:, :places].clone().requires_grad_() for key, value in spd.adversary.sources.value.items()}
-        found, expected = spd.loss(batch, 0.5), plain.losses(batch.x)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
-        sum(found.values()).backward()
-        sum(expected.values()).backward()
+        losses_agree(spd.loss(batch, 0.5), plain.losses(batch.x))
         for key, one in spd.components.items():
             for own, other in zip((one.V, one.U), plain.parts[key], strict=True):
                 torch.testing.assert_close(own.grad, other.grad, rtol=2e-3, atol=1e-6)
