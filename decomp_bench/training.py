@@ -110,6 +110,8 @@ class Training:
         """Those of the last step, where the decomposer itself does not have them."""
         self._watch = Watch(self.decomposer.on_demand)
         self.flops_a_step = 0.0
+        self._positions: list[int | Tensor] = []
+        """Positions of the steps that `outcome` does not count yet: looking at their number at each step would wait for the device."""
 
     @property
     def unfinished(self) -> bool:
@@ -141,7 +143,7 @@ class Training:
 
     def took_a_step(self, batch: Batch, seconds: float) -> None:
         """Account for a step that the weights have made; at its marks a log line, a state, the two-thirds snapshot, and the end."""
-        self.outcome.tokens += _positions(batch)
+        self._positions.append(_positions(batch))
         self.step += 1
         self.outcome.steps = self.step
         self.outcome.seconds += seconds
@@ -180,6 +182,10 @@ class Training:
                     moment[rows] = 0
         self.pending.append({"loss": total.detach(), **{k: v.detach() for k, v in terms.items()}})
 
+    def _count_positions(self) -> None:
+        self.outcome.tokens += sum(int(count) for count in self._positions)
+        self._positions = []
+
     def _log(self) -> None:
         """Read the steps since the last line, all at once, and judge whether the run is still finite."""
         assert self.optimiser is not None
@@ -189,6 +195,7 @@ class Training:
         self.pending = []
         for i, group in enumerate(self.optimiser.param_groups):  # of the last step, before clipping
             line[f"{NORM}{i}"] = float(self.norms[i] if i in self.norms else gradient_norm(group["params"]))
+        self._count_positions()
         line |= {
             "step": self.step,
             "lr": self.config.lr * learning_rate(self.config, self.step - 1),
@@ -242,6 +249,7 @@ class Training:
     def save_state(self) -> None:
         """Everything that the next step depends on, as one safetensors file."""
         assert self.optimiser is not None
+        self._count_positions()
         tensors = {f"weights/{k}": v for k, v in self.decomposer.state_dict().items()}
         tensors |= {f"own/{k}": v for k, v in self.decomposer.train_state().items()}
         for index, parameter in enumerate(self._parameters()):
@@ -292,10 +300,10 @@ def _flops(decomposer: Decomposer, batch: Batch) -> float:
     return counted(lambda: torch.stack([term.float() for term in decomposer.loss(batch, 0.0).values()]).sum().backward())
 
 
-def _positions(batch: Batch) -> int:
+def _positions(batch: Batch) -> int | Tensor:
     if batch.x is None:
         return len(next(iter(batch.clean.values())))
-    return batch.x.shape[0] if batch.length is None else int(batch.length.sum())
+    return batch.x.shape[0] if batch.length is None else batch.length.sum()
 
 
 def _parts(batch: Batch, count: int) -> Iterator[Batch]:

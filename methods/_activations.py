@@ -7,7 +7,7 @@ the gradient that training uses. An activation is one small class: ReLU is here,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -38,6 +38,11 @@ class Code:
     def rows(self) -> int:
         return len(self.value) if self.support is None else self.support.rows
 
+    @property
+    def features(self) -> int:
+        """How many components there are."""
+        return self.value.shape[1] if self.support is None else self.support.features
+
     def decode(self, weight: Float[Tensor, "n d"]) -> Float[Tensor, "rows d"]:
         """codes @ weight."""
         return self.value @ weight if self.support is None else decode_at(self.value, weight, self.support)
@@ -54,9 +59,12 @@ class Code:
         return value.new_zeros(self.rows).index_add(0, self.support.row, value)
 
     def between(self, start: int, stop: int) -> Code:
-        """The codes of components start to stop - 1 alone."""
+        """The codes of components start to stop - 1 alone; elsewhere than on the CPU those at a support keep their places among all."""
         if self.support is None:
             return Code(self.pre[:, start:stop], self.value[:, start:stop], None)
+        if self.value.device.type != "cpu":  # leaving out the others would be a wait
+            inside = (self.support.col >= start) & (self.support.col < stop)
+            return replace(self, value=torch.where(inside, self.value, 0.0))
         kept = ((self.support.col >= start) & (self.support.col < stop)).nonzero().squeeze(1)
         row, col = self.support.row.index_select(0, kept), self.support.col.index_select(0, kept)
         support = Support(self.support.rows, stop - start, row * (stop - start) + col - start)

@@ -16,6 +16,7 @@ from decomp_bench.decomposer import Batch, Point
 from decomp_bench.targets.base import JACOBIAN
 
 from ._gates import key_of
+from ._reconstruction import gathers
 from ._stacked_maps import StackedMaps, Written
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class StackedAPD:
         assert batch.x is not None
         assert batch.logits is not None
         inputs = {"x": batch.x, "y": batch.logits, **{point: batch.clean[point] for point in self.rows if point in batch.clean}}
+        if not gathers(batch.x.device):
+            return inputs
         heard = torch.stack([(inputs[point] != 0).any(1) for point in self.points]).any(0).nonzero().flatten()
         return {name: value[heard] for name, value in inputs.items()}
 

@@ -144,7 +144,8 @@ class Dictionary(Coders):
         split = {site: decoder.split([stop - start for start, stop in pairwise(bounds)]) for site, decoder in decoders.items()}
         for place, (start, stop) in enumerate(pairwise(bounds)):
             part = {site: code.between(start, stop) for site, code in codes.items()}
-            totals.append(self._written(totals[-1], part, {site: pieces[place] for site, pieces in split.items()}))
+            own = {site: split[site][place] if part[site].features == stop - start else decoders[site] for site in codes}
+            totals.append(self._written(totals[-1], part, own))
         return totals[1:]
 
     def _written(self, base: dict[Point, Tensor], codes: dict[Site, Code], decoders: dict[Site, Tensor]) -> dict[Point, Tensor]:

@@ -171,7 +171,8 @@ class SharedGates(nn.Module):
         TinyStories model this halves the cross-entropy lost after 300 steps.
         """
         first = cast(nn.Linear, self.hidden[0]).weight
-        directions = weight.detach().to(first) * (2**0.5 / weight.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        weight = weight.detach().to(first)
+        directions = weight * (2**0.5 / weight.norm(dim=1, keepdim=True).clamp_min(1e-12))
         kept = min(len(directions), len(first))
         first[:kept] = directions[:kept]
         for layer in self.out.values() if len(self.hidden) == 1 else ():

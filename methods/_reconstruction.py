@@ -62,7 +62,10 @@ def rows_of(batch: Batch, target: TargetModel) -> Rows:
 
 
 def distinct_rows(batch: Batch, points: set[Point]) -> tuple[Int[Tensor, " kept"], Float[Tensor, " kept"]] | None:
-    """Indices and weights of a toy's rows where all on which nothing is read at these points are one; None where fewer than two are."""
+    """Indices and weights of a toy's rows where all on which nothing is read at these points are one; None where fewer than two are,
+    and where choosing them would wait for the device."""
+    if not gathers(batch.clean[next(iter(points))].device):
+        return None
     silent = torch.stack([(batch.clean[point] == 0).all(1) for point in points]).all(0)
     if int(silent.sum()) < 2:
         return None

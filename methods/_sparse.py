@@ -127,8 +127,12 @@ def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*
 
 
 def top_of_each_row(pre: Float[Tensor, "rows features"], k: int) -> Support:
-    """The support of the k largest positive entries of each row."""
-    if pre.device.type == "cpu" and k < pre.shape[1] and (index := _largest_of_rows(pre.detach().numpy(), k)) is not None:
+    """The support of the k largest positive entries of each row; elsewhere than on the CPU of exactly k (no wait for the device), some of
+    them perhaps not positive."""
+    if pre.device.type != "cpu":
+        column = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+        return Support(len(pre), pre.shape[1], (column + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]).flatten())
+    if k < pre.shape[1] and (index := _largest_of_rows(pre.detach().numpy(), k)) is not None:
         return Support(len(pre), pre.shape[1], torch.from_numpy(index))
     return support_of(top_of_rows(pre, k))
 
