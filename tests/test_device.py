@@ -16,8 +16,6 @@ from tests.contract.test_contract import make
 from tests.pretended import NAME, pretend
 from tests.test_precision import CASES
 
-CASES = {name: (method, {**config, "calibration": 64} if "calibration" in registry.method(method).Config.model_fields else config)
-         for name, (method, config) in CASES.items()}  # fmt: skip
 FLOORS = {name: (name, {}) for name in registry.names() if not registry.method(name).trainable}
 QUICK = {"apd", "clt", "molt", "sae", "spd", "vpd", "sae topk", "sae matryoshka", "svd"}
 STEPS = 9

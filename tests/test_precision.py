@@ -22,6 +22,9 @@ CASES |= {
     "spd of a transformer": ("spd", {"gate": "global_shared_transformer", "gate_width": 8, "gate_blocks": 1, "gate_heads": 2}),
     "vpd by rows": ("vpd", {"adversary": "fresh", "adversary_scope": "row", "adversary_routing": "subset"}),
 }
+for _method, _config in CASES.values():
+    if "calibration" in registry.method(_method).Config.model_fields:
+        _config["calibration"] = 64
 
 
 @pytest.fixture(params=["here", "device"])

@@ -34,23 +34,25 @@ def one(rows, family: str = EVERY):
     return found.iloc[0]
 
 
+def every(draws: int, **about):
+    """What is found for each of so many draws, taken together as so many metrics."""
+    found = seed_noise(results.frame([one for draw in range(draws) for one in planted(0.3, 3, draw=draw, metric=f"{draw}", **about)]))
+    found = found[found["family"] == EVERY]
+    assert len(found) == draws
+    return found
+
+
 def test_the_planted_noise_is_found_within_its_interval_as_often_as_it_says():
-    inside = 0
-    for draw in range(200):
-        found = one(planted(0.3, 3, draw=draw))
-        inside += found["sd_lo"] < 0.3 < found["sd_hi"]
-    assert 0.9 <= inside / 200 <= 0.99
+    found = every(200)
+    assert 0.9 <= ((found["sd_lo"] < 0.3) & (found["sd_hi"] > 0.3)).mean() <= 0.99
     assert one(planted(0.3, 200, configs=10))["sd"] == pytest.approx(0.3, rel=0.05)  # and the distance of configs is not in it
 
 
 def test_two_runs_or_means_of_one_config_pass_what_is_resolved_in_one_case_of_twenty():
-    random, passed = np.random.default_rng(1), {1: 0, 3: 0}
-    for draw in range(400):
-        found = one(planted(0.3, 3, configs=2, draw=draw))
-        for seeds in passed:
-            means = 0.3 * random.standard_normal((2, seeds)).mean(1)
-            passed[seeds] += abs(means[0] - means[1]) > found[f"resolved_{seeds}"]
-    assert all(0.025 <= count / 400 <= 0.085 for count in passed.values())
+    random, found = np.random.default_rng(1), every(400, configs=2)
+    for seeds in (1, 3):
+        means = 0.3 * random.standard_normal((2, 400, seeds)).mean(2)
+        assert 0.025 <= (abs(means[0] - means[1]) > found[f"resolved_{seeds}"]).mean() <= 0.085
 
 
 def test_numbers_by_hand():
