@@ -70,6 +70,21 @@ def test_every_method_is_trained_and_scored_there(name, world, tmp_path):
     assert scored.rows
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("world_name", ["lm", "gated_lm", "toy"])
+@pytest.mark.parametrize("name", [*CASES, *FLOORS])
+def test_every_method_is_trained_and_scored_on_a_gpu(name, world_name, request, tmp_path):
+    near, source = request.getfixturevalue(world_name)
+    target = copy.deepcopy(near).to("cuda:0")
+    source, decomposer = data.source(target, DataConfig(source=source.config.source)), there(name, target)
+    (outcome,) = train([Job(decomposer, tmp_path, lambda line: None)], source, TrainConfig(log_every=3))
+    assert outcome.error is None
+    assert {tensor.device.type for tensor in decomposer.state_dict().values()} <= {"cuda"}
+    (scored,) = evaluate([decomposer.eval()], source, EvalConfig(tokens=120, bootstrap=10, batch=4))
+    assert scored.rows
+
+
 @pytest.mark.parametrize("activation", ["topk", "matryoshka", "batchtopk", "groupmax"])
 def test_without_waits_the_losses_are_the_same(activation, lm, waits, tmp_path):
     """Elsewhere what is chosen keeps its size, zeros among it; that changes no loss and no weight."""
