@@ -29,16 +29,16 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 
 
 class _Backend(backend_registration._DummyBackendModule):
-    """What torch asks of a backend."""
+    """What torch asks of a backend; to whoever looks for devices, there is none."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def manual_seed_all(self, seed: int) -> None:
-        """Nothing: there is no generator but those that are made."""
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
