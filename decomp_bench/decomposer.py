@@ -9,7 +9,6 @@ shape [..., d], where ... is rows, or sequences by positions.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from decomp_bench.checkpoint import read_checkpoint, write_tensors
 from decomp_bench.config import MethodConfig, parse
 from decomp_bench.errors import UserError
 
@@ -224,6 +223,10 @@ class Decomposer(nn.Module):
         """Scalars at `write` that are always on (biases, a skip connection, the weight delta when it runs)."""
         return 0
 
+    def component_coefficients(self, site: Site) -> int | Float[Tensor, " n"]:
+        """Input-dependent numbers that pass through a component: its rank, one number, or one for each component."""
+        return 1
+
     def constant_coefficients(self, write: Point) -> int:
         """Input-dependent numbers that pass through always-on parts at `write` (0 for a bias, the rank of a skip or a delta)."""
         return 0
@@ -342,7 +345,6 @@ class Decomposer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `decomposer.safetensors` and `decomposer.json` into a folder, atomically and without pickle."""
-        from decomp_bench.checkpoint import write_tensors
         from decomp_bench.files import write_json
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +366,7 @@ class Decomposer(nn.Module):
         """Read what `save` wrote; raises UserError for a missing or broken checkpoint or one made for another target."""
         from decomp_bench.registry import method
 
-        about, weights = _read_checkpoint(Path(folder))
+        about, weights = read_checkpoint(Path(folder))
         kind = method(about["method"])
         if about["target_hash"] != target.identity:
             raise UserError(
@@ -377,21 +379,6 @@ class Decomposer(nn.Module):
         except RuntimeError:
             raise UserError(f"{folder}: the weights do not fit their config; the checkpoint is broken") from None
         return made.eval()
-
-
-def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        about = json.loads((folder / "decomposer.json").read_text())
-        missing = {"method", "config", "layers", "seed", "target", "target_hash"} - about.keys()
-        if missing:
-            raise UserError(f"{folder}/decomposer.json lacks {', '.join(sorted(missing))}; the checkpoint is broken")
-        return about, load_file(folder / "decomposer.safetensors")
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint in {folder}: it needs decomposer.json and decomposer.safetensors") from None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the checkpoint in {folder} is broken ({type(error).__name__}); train the run again") from None
 
 
 def replace_gate(codes: SiteCodes, gate: Tensor, delta: Tensor | None = None) -> SiteCodes:

@@ -70,6 +70,7 @@ class APD(Decomposer):
     """See the module. Gates come from the clean pass: an attribution needs the derivative of what follows."""
 
     name = "apd"
+    version: ClassVar[int] = 2  # since then a component has as many coefficients as its rank
     summary = "low-rank components across all maps, chosen by their attribution (toys)"
     Config = APDConfig
     kind = "replacement"
@@ -215,6 +216,9 @@ class APD(Decomposer):
     def component_sizes(self, site: Site) -> int:
         A, B = self.part(site.name)
         return (A[0].numel() + B[0].numel()) if len(A) else 0
+
+    def component_coefficients(self, site: Site) -> int:
+        return self.part(site.name)[0].shape[2]
 
     def constant_size(self, write: Point) -> int:
         weight, bias = self._own[write]

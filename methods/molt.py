@@ -71,6 +71,7 @@ class MOLT(Dictionary):
     """y = sum over t of phi(e_t x + b_t) U_t V_t x + b, in normalised coordinates; components are the transforms U_t V_t."""
 
     name = "molt"
+    version: ClassVar[int] = 2  # since then a transform has as many coefficients as its rank
     summary = "sparse mixture of low-rank linear maps from each MLP's input to its output"
     Config = MOLTConfig
     config: MOLTConfig  # type: ignore[assignment]
@@ -113,6 +114,9 @@ class MOLT(Dictionary):
         """A transform's factors and its gate vector."""
         d_in, d_out = self.target.size(site.slots[0].read), self.target.size(site.slots[0].write)
         return (self.coder(site).maps.ranks * (d_in + d_out) + d_in).float()
+
+    def component_coefficients(self, site: Site) -> Float[Tensor, " n"]:
+        return self.coder(site).maps.ranks.float()
 
     def directions(self, site: Site, slot: Slot) -> None:
         """None: a transform reads and writes as many directions as its rank."""

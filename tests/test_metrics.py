@@ -23,12 +23,15 @@ def value(metric, found, context):
 def test_a_feature_that_writes_to_several_layers_counts_for_each():
     sites = (SiteInfo("0", 0, "mlp", 64, 2), SiteInfo("1", 1, "mlp", 64, 1))
     context = Context((0, 1), sites, "lm", "cascading", constant_size=20, coefficient_bits=3, alive={"0": 32, "1": 64})
-    found = sums(tokens__all=10, active__0=40, active__1=60, active_scalars__0=400, active_scalars__1=300)
+    counted = {"active__0": 40, "active__1": 60, "active_coefficients__0": 40, "active_coefficients__1": 60}
+    found = sums(tokens__all=10, active_scalars__0=400, active_scalars__1=300, **counted)
     assert value("l0_mlp", found, context) == (4 * 2 + 6) / 2
     assert value("l0_node", found, context) == (4 + 6) / 2
     assert value("l0_module", found, context) == (4 + 6) / 2
     assert value("active_params", found, context) == (40 + 30 + 20) / 2
     assert value("bits", found, context) == (4 * (5 + 3) + 6 * (6 + 3)) / 2
+    of_rank_two = found | sums(active_coefficients__1=120)
+    assert value("bits", of_rank_two, context) == (4 * (5 + 3) + 6 * (6 + 2 * 3)) / 2
 
 
 def test_matrices_of_an_mlp_add_up_and_attention_is_apart():
@@ -44,7 +47,7 @@ def test_matrices_of_an_mlp_add_up_and_attention_is_apart():
 
 def test_an_always_on_part_is_billed():
     site = (SiteInfo("0", 0, "mlp", 8, 1),)
-    found = sums(tokens__all=1, active__0=0, active_scalars__0=0)
+    found = sums(tokens__all=1, active__0=0, active_scalars__0=0, active_coefficients__0=0)
     with_skip = Context((0,), site, "lm", "clean", constant_size=64, constant_coefficients=8, coefficient_bits=4)
     assert value("active_params", found, with_skip) == 64
     assert value("bits", found, with_skip) == 32

@@ -130,11 +130,12 @@ def output_sums(scored: Scored, out: Replaced, statistics: OutputStatistics, fir
 
 @dataclass
 class Activity:
-    """How one site's codes are used in one pass: at each scored position the active components and the scalars in their vectors, and for
-    each component how often it fired and the sum of its absolute values."""
+    """How one site's codes are used in one pass: at each scored position the active components, the scalars in their vectors and the
+    numbers that pass through them, and for each component how often it fired and the sum of its absolute values."""
 
     count: Float[Tensor, "*rows"]
     scalars: Float[Tensor, "*rows"]
+    coefficients: Float[Tensor, "*rows"]
     fired: Float[Tensor, " n"]
     mass: Float[Tensor, " n"]
 
@@ -144,19 +145,23 @@ def activity(scored: Scored, out: Replaced, decomposer: Decomposer, sites: list[
     found, kept = {}, scored.kept.float()
     for site in sites:
         codes = out.codes[site.name]
-        active, size = codes.active.float(), decomposer.component_sizes(site)
+        active = codes.active.float()
         count = active.sum(-1) * kept
-        scalars = count.double() * size if isinstance(size, int) else (active @ size.float().to(active.device)) * kept
+        scalars, coefficients = (
+            count.double() * each if isinstance(each, int) else (active @ each.float().to(active.device)) * kept
+            for each in (decomposer.component_sizes(site), decomposer.component_coefficients(site))
+        )
         fired, mass = (kept.flatten() @ value.flatten(0, -2) for value in (active, codes.value.float().abs()))
-        found[site.name] = Activity(count, scalars, fired, mass)
+        found[site.name] = Activity(count, scalars, coefficients, fired, mass)
     return found
 
 
 def code_sums(found: dict[str, Activity]) -> RowSums:
-    """Active components of each site, and the scalars in their vectors."""
+    """Active components of each site, the scalars in their vectors, and the numbers that pass through them."""
     sums: RowSums = {}
     for name, one in found.items():
-        sums |= {("active", name): _rows(one.count.double()), ("active_scalars", name): _rows(one.scalars.double())}
+        counted = {"active": one.count, "active_scalars": one.scalars, "active_coefficients": one.coefficients}
+        sums |= {(quantity, name): _rows(value.double()) for quantity, value in counted.items()}
     return sums
 
 

@@ -48,7 +48,9 @@ def _active_params(sums: Sums, context: Context) -> Values:
 
 def _bits(sums: Sums, context: Context) -> Values:
     def weight(site: SiteInfo) -> np.ndarray:
-        return _mean_active(sums, site) * (math.log2(max(1, context.alive.get(site.name, site.n))) + context.coefficient_bits)
+        naming = math.log2(max(1, context.alive.get(site.name, site.n)))
+        active, passed = (sums[quantity, site.name] for quantity in ("active", "active_coefficients"))
+        return ratio(active * naming + passed * context.coefficient_bits, sums["tokens", "all"])
 
     value = _per_mlp(sums, context, weight)
     constant = context.constant_coefficients * context.coefficient_bits if context.constant_coefficients else 0.0
@@ -101,7 +103,8 @@ METRICS = [
         "Description bits per MLP",
         "bits/token",
         "lower",
-        "sum over active components of log2(alive in the site) + b, plus b for each always-on coefficient, / MLPs; b: the fewest bits "
+        "sum over active components of log2(alive in the site) + b for each coefficient (one, or as many as its rank), plus b for each "
+        "always-on one, / MLPs; b: the fewest bits "
         "a coefficient at which the output changes by less than 0.001 nat (a toy: 1% of its error)",
         "METRICS 2; APD's description length",
         _bits,

@@ -121,6 +121,7 @@ def test_dead_transforms_learn_from_the_residual():
 def test_transforms_are_billed_by_their_rank():
     molt = make(layers=(0,))
     assert molt.component_sizes(molt.sites[0]).tolist() == [4 * 24 + 12] * 2 + [2 * 24 + 12] * 4 + [24 + 12] * 8
+    assert molt.component_coefficients(molt.sites[0]).tolist() == [4] * 2 + [2] * 4 + [1] * 8
     assert molt.sites[0].n == 14
     assert molt.directions(molt.sites[0], molt.sites[0].slots[0]) is None
 
