@@ -13,7 +13,6 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.pretended  # torch counts its devices when it first goes backward
 import tests.typecheck  # noqa: F401 - the hook looks it up by name
 
 install_import_hook("decomp_bench", "tests.typecheck.typecheck")  # before any import of the package: shapes are checked on every call
