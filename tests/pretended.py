@@ -28,6 +28,10 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 """Operations that take indices of the CPU."""
 
 
+OWN = tuple(f"{Path(__file__).parents[1] / name}/" for name in ("decomp_bench", "methods"))
+"""Where this project's own lines are, whatever its folder is called."""
+
+
 class _Backend(backend_registration._DummyBackendModule):
     """What torch asks of a backend; to whoever looks for devices, there is none."""
 
@@ -135,7 +139,7 @@ def _near(value: torch.Tensor) -> torch.Tensor:
 def _place() -> str:
     """The line of this project that called, such as `methods/_topk.py:12`."""
     frame = sys._getframe(1)
-    while frame.f_back and not any(f"/{own}/" in frame.f_code.co_filename for own in ("decomp_bench", "methods")):
+    while frame.f_back and not frame.f_code.co_filename.startswith(OWN):
         frame = frame.f_back
     return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
 

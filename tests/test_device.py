@@ -32,7 +32,7 @@ def there(name: str, target):
 
 
 @pytest.mark.parametrize("which", ["not slow and not gpu", pytest.param("slow", marks=pytest.mark.slow)])
-def test_every_method_on_a_pretended_device(which):
+def test_methods_on_a_pretended_device(which):
     """In a process of its own: a device has to be there before torch first goes backward, and would be there for all other tests."""
     options = ["-n0", "-q", "-p", "no:cacheprovider", "-m", which, "tests/elsewhere.py"]
     done = subprocess.run([sys.executable, "-c", RUN, *options], cwd=Path(__file__).parents[1], capture_output=True, text=True)
