@@ -11,11 +11,10 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401 - the hook looks it up by name
+from tests import typecheck
 
-install_import_hook("decomp_bench", "tests.typecheck.typecheck")  # before any import of the package: shapes are checked on every call
+typecheck.install()  # before any import of the package
 
 
 @pytest.fixture(scope="session", autouse=True)
