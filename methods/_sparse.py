@@ -120,8 +120,8 @@ def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*
     if k >= pre.shape[-1]:
         return pre > 0
     mask = torch.zeros(pre.shape, dtype=torch.bool, device=pre.device)
-    if pre.device.type == "cpu" and (index := _largest_of_rows(pre.detach().flatten(0, -2).numpy(), k)) is not None:
-        mask.view(-1)[torch.from_numpy(index)] = True
+    if pre.device.type == "cpu":
+        mask.view(-1)[torch.from_numpy(_largest_of_rows(pre.detach().flatten(0, -2).numpy(), k))] = True
         return mask
     return mask.scatter_(-1, pre.topk(k, dim=-1, sorted=False).indices, True) & (pre > 0)
 
@@ -129,25 +129,50 @@ def top_of_rows(pre: Float[Tensor, "*rows features"], k: int) -> Bool[Tensor, "*
 def top_of_each_row(pre: Float[Tensor, "rows features"], k: int) -> Support:
     """The support of the k largest positive entries of each row; elsewhere than on the CPU of exactly k (no wait for the device), some of
     them perhaps not positive."""
+    rows, features = pre.shape
     if pre.device.type != "cpu":
-        column = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
-        return Support(len(pre), pre.shape[1], (column + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]).flatten())
-    if k < pre.shape[1] and (index := _largest_of_rows(pre.detach().numpy(), k)) is not None:
-        return Support(len(pre), pre.shape[1], torch.from_numpy(index))
-    return support_of(top_of_rows(pre, k))
+        column = pre.topk(min(k, features), dim=1, sorted=False).indices.sort(dim=1).values
+        return Support(rows, features, (column + torch.arange(rows, device=pre.device)[:, None] * features).flatten())
+    if k >= features:
+        return support_of(pre > 0)
+    return Support(rows, features, torch.from_numpy(_largest_of_rows(pre.detach().numpy(), k)))
 
 
-def _largest_of_rows(values: np.ndarray, k: int) -> np.ndarray | None:
-    """Sorted flat positions of the k largest positive entries of each row; None where a tie would let more in."""
+def _largest_of_rows(values: np.ndarray, k: int) -> np.ndarray:
+    """Sorted flat positions of the k largest positive entries of each row; ties: the first ones."""
     rows, features = values.shape
     size = max(1, BLOCK // features)
     found = [np.empty(0, np.int64)]
     for start in range(0, rows, size):
         block = values[start : start + size]
-        smallest = np.partition(block, features - k, axis=1)[:, features - k, None]
-        found.append(np.flatnonzero((block >= smallest) & (block > 0)) + start * features)
-    index = np.concatenate(found)
-    return index if len(index) <= k * rows else None
+        bound = np.maximum(_kth_or_below(block, k), np.nextafter(block.dtype.type(0), block.dtype.type(1)))
+        found.append(np.flatnonzero(block >= bound) + start * features)
+    return _trimmed(np.concatenate(found), values, k)
+
+
+def _kth_or_below(block: np.ndarray, k: int) -> np.ndarray:
+    """For each row its k-th largest entry, or in wide blocks a number a little below it: k of the maxima over parts are no smaller."""
+    features = block.shape[1]
+    if (parts := min(16, features // (8 * k))) > 1:
+        groups = features // parts
+        block = block[:, : groups * parts].reshape(-1, parts, groups).max(1)
+    return np.partition(block, -k, axis=1)[:, -k, None]
+
+
+def _trimmed(index: np.ndarray, values: np.ndarray, k: int) -> np.ndarray:
+    """What is left of sorted positions when each row keeps its k largest; ties: the first ones."""
+    rows, features = values.shape
+    row = index // features
+    counts = np.bincount(row, minlength=rows)
+    if not len(index) or (widest := counts.max()) <= k:
+        return index
+    found = np.full((rows, widest), -np.inf, values.dtype)
+    filled = np.arange(widest) < counts[:, None]
+    found[filled] = values.reshape(-1)[index]
+    smallest = np.partition(found, -k, axis=1)[:, -k, None]
+    larger, ties = found > smallest, found == smallest
+    kept = larger | (ties & (np.cumsum(ties, axis=1) <= k - larger.sum(1, keepdims=True)))
+    return index[kept[filled]]
 
 
 class _EncodeAt(torch.autograd.Function):

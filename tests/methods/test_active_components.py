@@ -35,13 +35,20 @@ def test_ties_never_let_too_many_in():
     assert top_of_rows(-pre, 4).sum() == 0
 
 
-def test_the_largest_of_each_row_are_exact():
-    from decomp_bench.methods._sparse import top_of_rows
+@pytest.mark.parametrize(("features", "k"), [(50, 1), (50, 5), (50, 50), (50, 80), (1000, 1), (1003, 7), (999, 60), (70_000, 3)])
+@pytest.mark.parametrize("values", ["all different", "many ties", "few positive"])
+def test_the_largest_of_each_row_are_exact(features, k, values):
+    from decomp_bench.methods._sparse import top_of_each_row, top_of_rows
 
-    pre = torch.randn(7, 11, 50, generator=generator())
-    for k in (1, 5, 50, 80):
-        expected = torch.zeros_like(pre).scatter_(-1, pre.topk(min(k, 50)).indices, 1.0).bool() & (pre > 0)
-        assert torch.equal(top_of_rows(pre, k), expected)
+    pre = torch.randn(7, 11, features, generator=generator())
+    if values == "many ties":
+        pre = (3 * pre).round()
+    if values == "few positive":
+        pre = torch.where(torch.arange(features) % 40 == 3, pre, -1.0)
+    first = pre.double() - 1e-9 * torch.arange(features)  # of equal entries the first
+    expected = torch.zeros_like(pre).scatter_(-1, first.topk(min(k, features)).indices, 1.0).bool() & (pre > 0)
+    assert torch.equal(top_of_rows(pre, k), expected)
+    assert torch.equal(top_of_each_row(pre.flatten(0, 1), k).gate().view_as(pre).bool(), expected)
 
 
 def test_batchtopk_keeps_its_k_on_held_out_rows_after_a_short_run():
