@@ -76,6 +76,8 @@ class Activation(nn.Module):
 
     sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
     """Which inference-time choices it has."""
+    by_rows: ClassVar[bool] = False
+    """Whether `support` always names entries, and those of a row by that row alone."""
     thresholds: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
     """Minimum strengths of the default inference-time sweep; strengths are in units of the normalised pre-activation, about one."""
 

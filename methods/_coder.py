@@ -11,7 +11,7 @@ from ._activations import Activation, Code, ReLU
 from ._dictionary_config import DictionaryConfig
 from ._gated import Gated
 from ._jumprelu import JumpReLU
-from ._sparse import Support, encode_at
+from ._sparse import Support, encode_at, stacked
 from ._topk import BatchTopK, GroupMax, Matryoshka, TopK
 
 ACTIVATIONS: dict[str, type[Activation]] = {
@@ -26,6 +26,14 @@ ACTIVATIONS: dict[str, type[Activation]] = {
 
 ENCODER_SCALE = 0.25
 """Length of an untied encoder row at the start: random codes say nothing about y, so they start small."""
+
+
+PART = 1 << 22
+"""Pre-activations that are computed at a time where each row selects for itself: memory that stays in use, where a larger matrix would
+be asked for anew, page by page, in every step."""
+
+Chosen = tuple[Tensor | None, Support | None]
+"""Pre-activations at a support, and the support; or neither, where all entries are computed."""
 
 
 def unit_rows(rows: int, width: int, generator: torch.Generator) -> Float[Tensor, "rows width"]:
@@ -122,17 +130,24 @@ class SparseCoder(nn.Module):
     def codes(self, x: Float[Tensor, "rows d"], *counts: int | None) -> list[Code]:
         """Codes of normalised inputs as training computes them, for each number of active components (None: the activation's own)."""
         with torch.no_grad():
-            raw = self.raw(x)
-            pre = raw * self.lengths if self.free else raw
-            supports = [self.activation.support(pre, k) for k in counts]
-        return [self.code_at(x, raw, support) for support in supports]
+            whole = x.device.type != "cpu" or not self.activation.by_rows
+            parts = [x] if whole else x.split(max(1, PART // self.activation.features))
+            chosen = zip(*(self._chosen(part, counts) for part in parts), strict=True)
+            joined = [_joined(list(pairs)) for pairs in chosen]
+        return [self.code_at(x, entries, support) for entries, support in joined]
 
-    def code_at(self, x: Float[Tensor, "rows d"], raw: Float[Tensor, "rows n"], support: Support | None) -> Code:
-        """Codes at a support, given what `raw` gives."""
-        if support is None:
+    def _chosen(self, x: Float[Tensor, "rows d"], counts: tuple[int | None, ...]) -> list[Chosen]:
+        raw = self.raw(x)
+        pre = raw * self.lengths if self.free else raw
+        supports = [self.activation.support(pre, k) for k in counts]
+        return [(None, None) if support is None else (support.of(raw), support) for support in supports]
+
+    def code_at(self, x: Float[Tensor, "rows d"], entries: Float[Tensor, " active"] | None, support: Support | None) -> Code:
+        """Codes at a support, given what `raw` gives there; of all entries without one."""
+        if support is None or entries is None:
             pre = self.pre(x)
             return Code(pre, self.activation.value(pre), None)
-        entries = encode_at(x, self.W_enc, self.b_enc, raw, support)
+        entries = encode_at(x, self.W_enc, self.b_enc, entries, support)
         if self.free:
             entries = entries * self.lengths.index_select(0, support.col)
         return Code(entries, self.activation.value(entries, support.col), support)
@@ -214,3 +229,9 @@ class SparseCoder(nn.Module):
         self.dead[ids] = False
         self.forget_dead_ids()
         return changed
+
+
+def _joined(parts: list[Chosen]) -> Chosen:
+    """What was chosen of a matrix, from what was chosen of its parts."""
+    entries, supports = zip(*parts, strict=True)
+    return parts[0] if len(parts) == 1 else (torch.cat(entries), stacked(list(supports)))

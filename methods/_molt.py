@@ -121,8 +121,8 @@ class MapsCoder(SparseCoder):
             return (self.W_enc.norm(dim=1) * self.lengths)[:, None]
         return self.W_enc.new_ones(len(self.W_enc), 1)
 
-    def code_at(self, x: Float[Tensor, "rows d"], raw: Float[Tensor, "rows n"], support: Support | None) -> Code:
-        code = super().code_at(x, raw, support)
+    def code_at(self, x: Float[Tensor, "rows d"], entries: Float[Tensor, " active"] | None, support: Support | None) -> Code:
+        code = super().code_at(x, entries, support)
         return MapsCode(code.pre, code.value, code.support, x, self)
 
     def write(self, x: Float[Tensor, "rows d"], strengths: Tensor, support: Support | None) -> Float[Tensor, "rows d_out"]:

@@ -92,6 +92,7 @@ class ShardedTopK(TopK):
     """TopK whose rows are divided over processes."""
 
     shards: Shards
+    by_rows = False  # one exchange between processes, not one for each part
 
     def gate(self, pre: Float[Tensor, "*rows n"], choice: Choice) -> Float[Tensor, "*rows n"]:
         return (self.shards.top_of_rows(pre, choice.k or self.config.k) & (pre > 0)).to(pre.dtype)

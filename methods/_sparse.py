@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -60,10 +61,23 @@ class Support:
         order, _, starts = self.by_feature
         return torch.segment_reduce((values > 0).to(values.dtype).index_select(0, order), "sum", offsets=starts, initial=0.0)
 
+    def of(self, matrix: Float[Tensor, "rows features"]) -> Float[Tensor, " active"]:
+        """A matrix's entries here."""
+        return matrix.reshape(-1).index_select(0, self.index)
+
     def gate(self) -> Float[Tensor, "rows features"]:
         """The support as a dense matrix of zeros and ones."""
         flat = torch.zeros(self.rows * self.features, device=self.index.device)
         return flat.index_fill_(0, self.index, 1.0).view(self.rows, self.features)
+
+
+def stacked(supports: list[Support]) -> Support:
+    """The support of a matrix from those of its parts, each of some rows."""
+    if len(supports) == 1:
+        return supports[0]
+    features, starts = supports[0].features, [0, *accumulate(support.rows for support in supports)]
+    index = torch.cat([support.index + start * features for support, start in zip(supports, starts, strict=False)])
+    return Support(starts[-1], features, index)
 
 
 def support_of(mask: Bool[Tensor, "rows features"]) -> Support:
@@ -176,13 +190,13 @@ def _trimmed(index: np.ndarray, values: np.ndarray, k: int) -> np.ndarray:
 
 
 class _EncodeAt(torch.autograd.Function):
-    """x W^T + b at the entries of a support, from pre-activations that are already known."""
+    """x W^T + b at the entries of a support, where it is already known."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, pre, support):
+    def forward(ctx, x, weight, bias, entries, support):
         ctx.save_for_backward(x, weight)
         ctx.support = support
-        return pre.reshape(-1).index_select(0, support.index)
+        return entries.view_as(entries)
 
     @staticmethod
     def backward(ctx, grad):
@@ -223,11 +237,11 @@ def encode_at(
     x: Float[Tensor, "rows d"],
     weight: Float[Tensor, "features d"],
     bias: Float[Tensor, " features"],
-    pre: Float[Tensor, "rows features"],
+    entries: Float[Tensor, " active"],
     support: Support,
 ) -> Float[Tensor, " active"]:
-    """Pre-activations at a support; differentiable in x, weight and bias, given pre = x weight^T + bias."""
-    return _EncodeAt.apply(x, weight, bias, pre, support)  # type: ignore[return-value]
+    """`entries`, the values of x weight^T + bias at a support, made differentiable in x, weight and bias."""
+    return _EncodeAt.apply(x, weight, bias, entries, support)  # type: ignore[return-value]
 
 
 def decode_at(values: Float[Tensor, " active"], weight: Float[Tensor, "features d"], support: Support) -> Float[Tensor, "rows d"]:

@@ -20,6 +20,7 @@ class TopK(Activation):
     """The k largest positive components of each row (Gao et al. 2024)."""
 
     sweeps = ("k",)
+    by_rows = True
 
     def __init__(self, config: DictionaryConfig, features: int, bias: Float[Tensor, " features"]) -> None:
         super().__init__(config, features, bias)
@@ -45,6 +46,8 @@ class BatchTopK(TopK):
     `table_threshold` holds the threshold for each count in `table_k`. It is counted on training activations in `finish`; before
     that, all of it is a moving average of the batches' own thresholds.
     """
+
+    by_rows = False
 
     def __init__(self, config: DictionaryConfig, features: int, bias: Float[Tensor, " features"]) -> None:
         super().__init__(config, features, bias)
@@ -93,6 +96,8 @@ class Matryoshka(BatchTopK):
 
 class GroupMax(Activation):
     """The largest of each of k groups of neighbouring components, where it is positive (as in sparsify)."""
+
+    by_rows = True
 
     def support(self, pre: Float[Tensor, "rows n"], k: int | None = None) -> Support:
         best = self._best(pre)

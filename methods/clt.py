@@ -82,7 +82,8 @@ class CrossLayerTranscoder(Transcoder):
             raw = {site: self.coder(site).raw(x) for site, x in inputs.items()}
             pre = {site: value * self.coder(site).lengths if self.coder(site).free else value for site, value in raw.items()}
             chosen = [self._selected(pre, k) for k in counts]
-        return [{site: self.coder(site).code_at(x, raw[site], supports[site]) for site, x in inputs.items()} for supports in chosen]
+            pairs = [{site: (support[site].of(raw[site]), support[site]) for site in inputs} for support in chosen]
+        return [{site: self.coder(site).code_at(x, *pair[site]) for site, x in inputs.items()} for pair in pairs]
 
     def _selected(self, pre: dict[Site, Tensor], k: int | None) -> dict[Site, Support]:
         """The largest pre-activations of all layers together."""

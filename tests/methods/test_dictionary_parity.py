@@ -48,7 +48,8 @@ class Peer:
 
         raw = self.coder.raw(self.read).detach()
         pre = raw * self.coder.lengths.detach() if self.coder.free else raw
-        return self.coder.code_at(self.read, raw, top_of_batch(pre, count))
+        support = top_of_batch(pre, count)
+        return self.coder.code_at(self.read, support.of(raw), support)
 
     def reconstruct(self, code) -> Tensor:
         return code.decode(self.coder.decoder()) + self.bias
