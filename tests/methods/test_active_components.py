@@ -93,3 +93,24 @@ def test_a_minimum_strength_only_removes_the_weaker_ones(activation):
     for threshold in (0.5, 1.0, 2.0):
         codes = decomposer.at(threshold=threshold).encode(batch.clean)["0"]
         assert torch.equal(codes.active, free.active & (free.strength > threshold))
+
+
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+@pytest.mark.parametrize("rows", ["unit", "free"])
+def test_wide_dictionaries_encode_a_few_rows_at_a_time_and_to_the_same_codes(activation, rows, monkeypatch):
+    from decomp_bench.methods import _coder
+
+    coder = make("transcoder", activation=activation, k=4, features=32, decoder_rows=rows).coders["0"]
+    x = torch.randn(50, coder.W_enc.shape[1], generator=generator())
+    (whole,) = coder.codes(x, None)
+    gradient = torch.autograd.grad(whole.value.square().sum(), coder.W_enc)[0]
+    calls = []
+    raw = type(coder).raw
+    monkeypatch.setattr(type(coder), "raw", lambda self, part: calls.append(len(part)) or raw(self, part))
+    monkeypatch.setattr(_coder, "PART", 32 * 7)
+    (parts,) = coder.codes(x, None)
+    assert calls == [7] * 7 + [1]
+    assert torch.equal(parts.support.index, whole.support.index)
+    assert (parts.support.rows, parts.support.features) == (50, 32)
+    torch.testing.assert_close(parts.value, whole.value)
+    torch.testing.assert_close(torch.autograd.grad(parts.value.square().sum(), coder.W_enc)[0], gradient)
