@@ -37,7 +37,6 @@ def test_methods_on_a_pretended_device(which):
     options = ["-n0", "-q", "-p", "no:cacheprovider", "-m", which, "tests/elsewhere.py"]
     done = subprocess.run([sys.executable, "-c", RUN, *options], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout or "." in done.stdout
 
 
 @pytest.mark.gpu
