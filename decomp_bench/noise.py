@@ -35,7 +35,8 @@ def write_noise(folder: Path, manifests: dict[str, dict[str, Any]]) -> pd.DataFr
 def known_noise(root: Path) -> dict[str, list[dict[str, Any]]]:
     """Metric -> what is known of its reseed noise over all trained families together, from every results folder under ROOT/results.
 
-    One entry for each folder, protocol and gate source, those of the headline condition first, then those of most degrees of freedom.
+    One entry for each folder, protocol and gate source: those of the headline condition first, toys after other targets, and those of most
+    degrees of freedom first.
     Raises UserError for a broken file.
     """
     import pandas as pd
@@ -54,5 +55,5 @@ def known_noise(root: Path) -> dict[str, list[dict[str, Any]]]:
         except (ValueError, KeyError) as error:
             raise UserError(f"{file} is broken ({error}): decomp-bench plot {file.parent.parent.name[:3]} writes it again") from None
     for entries in found.values():
-        entries.sort(key=lambda one: ((one["protocol"], one["gates"]) != HEADLINE, -one["degrees"]))
+        entries.sort(key=lambda one: ((one["protocol"], one["gates"]) != HEADLINE, one["target"].startswith("toy:"), -one["degrees"]))
     return found

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from decomp_bench.config import TrainConfig, parse
+from decomp_bench import data, targets
+from decomp_bench.config import DataConfig, EvalConfig, TrainConfig, parse
 from decomp_bench.controls import freeze_decoder, of_shuffled_activations, on_random_target, shifted_gates, with_frozen_decoder
 from decomp_bench.data.streams import positions, with_clean
+from decomp_bench.evaluate import evaluate
 from decomp_bench.measurements import asked
 from decomp_bench.metrics import CATALOGUE
 from decomp_bench.registry import method
@@ -103,6 +105,24 @@ def test_the_measurement_puts_every_control_beside_the_run(lm, tmp_path):
         assert fvu[control] > fvu["none"]
     assert set(found["metric"]) <= set(CATALOGUE)
     assert set(found.loc[found["metric"] == "fvu", "better"]) == {"lower"}
+
+
+def test_every_metric_tells_the_target_s_own_neurons_from_random_directions_or_says_what_it_is_blind_to():
+    """All neurons are the target itself; random directions were never trained."""
+    target = targets.load("pydocs-4l")
+    source = data.source(target, DataConfig())
+    config = EvalConfig(tokens=600, bootstrap=2, protocols=("cascading",), gates=("clean",), sweep=False)
+    settings = {"neurons": {"k": max(target.weight("0.mlp.up").shape)}, "random_directions": {"features": 64, "k": 4}}
+    kinds = {name: method(name) for name in settings}
+    made = [kind(parse(kind.Config, settings[name], name), target, tuple(range(target.layers)), 0).eval() for name, kind in kinds.items()]
+    truth, junk = ({row["metric"]: row["value"] for row in found.rows if row["layer"] == "all"} for found in evaluate(made, source, config))
+    told = {
+        key: truth[key] > junk[key] if metric.direction == "higher" else truth[key] < junk[key]
+        for key, metric in CATALOGUE.items()
+        if metric.direction != "none" and not metric.blind and math.isfinite(truth.get(key, math.nan))
+    }
+    assert told.keys() == {"kl", "agreement", "ce", "ce_recovered_mean", "fvu", "norm_mse", "fvu_trimmed"}
+    assert [key for key, better in told.items() if not better] == []
 
 
 def test_a_control_that_does_not_apply_says_why(lm):

@@ -82,8 +82,7 @@ def scores(kind, target):
     """(metric, site or layer) -> value, `all` included."""
     made = kind(MethodConfig(steps=0), target, tuple(range(target.layers)))
     (found,) = evaluate([made], data.source(target, DataConfig()), CONFIG)
-    keys = {metric.key for metric in METRICS} | {"output_mse"}
-    return {(r["metric"], r["site"] if r["site"] != "all" else r["layer"]): r for r in found.rows if r["metric"] in keys}
+    return {(r["metric"], r["site"] if r["site"] != "all" else r["layer"]): r for r in found.rows}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +116,19 @@ def test_junk_is_at_its_null(known):
     for key in ("mmcs", "matched_cosine"):
         assert abs(value[key, "all"] - value[f"{key}_null", "all"]) < 0.2, key
         assert value[f"{key}_null", "all"] < 0.97
+
+
+def test_every_metric_tells_the_truth_from_junk_or_says_what_it_is_blind_to(known):
+    """Junk here has the truth's own importances, so that what reads importances alone has its own test below."""
+    truth, junk = ({key: row["value"] for (key, part), row in scores(kind, known).items() if part == "all"} for kind in (Planted, Junk))
+    claims = {row["key"]: row["direction"] for row in metric_catalogue() if row["direction"] != "none" and not row["blind"]}
+    told = {
+        key: truth[key] > junk[key] if direction == "higher" else truth[key] < junk[key]
+        for key, direction in claims.items()
+        if key != "ci_error" and math.isfinite(truth.get(key, math.nan)) and math.isfinite(junk.get(key, math.nan))
+    }
+    assert told.keys() >= {"output_mse", "fvu", "norm_mse", "matched_cosine", "recovery_f1", "spare"}
+    assert [key for key, better in told.items() if not better] == []
 
 
 def test_shuffled_importances_are_an_error_where_true_ones_are_not(known):

@@ -69,7 +69,7 @@ def metrics(
     directory: Annotated[Path | None, typer.Option("--dir", help="Folder that holds experiments/ and results/.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Every metric: its definition, unit, direction, and the reseed noise that results at hand show."""
+    """Every metric: its definition, unit, direction, what it is blind to, and the reseed noise that results at hand show."""
     from decomp_bench.cli.display import show
     from decomp_bench.metrics import metric_catalogue
 
@@ -78,7 +78,7 @@ def metrics(
     if as_json:
         show(rows, True)
         return
-    brief = ("key", "title", "unit", "direction", "formula", "version")
+    brief = ("key", "title", "unit", "direction", "formula", "blind", "version")
     show([{name: row.get(name) for name in brief} | (_briefly(row["noise"]) if noise else {}) for row in rows], False)
     if noise:
         first = next(iter(noise.values()))[0]

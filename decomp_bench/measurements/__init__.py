@@ -40,6 +40,8 @@ class Measured:
     direction: str
     """lower, higher or none: which way is better."""
     formula: str
+    blind: str = ""
+    """What it cannot tell from a decomposition of the target, as in the catalogue."""
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ _KINDS = (
     ("detection", "Detection by an explanation", "balanced accuracy in telling active from inactive contexts; chance is 0.5"),
     ("fuzzing", "Fuzzing of an explanation", "balanced accuracy in telling rightly from wrongly marked active contexts; chance is 0.5"),
 )
+_BLIND = "what components write, which does not enter"
 METRICS = (
     Measured("interpretability_pool", "Share that could be drawn", "", "none", "as in the measurement interpretability"),
-    *(Measured(f"autointerp_{key}", title, "", "higher", formula) for key, title, formula in _KINDS),
+    *(Measured(f"autointerp_{key}", title, "", "higher", formula, _BLIND) for key, title, formula in _KINDS),
     *(
-        Measured(f"autointerp_{key}_gain", f"{title}, above another component's", "", "higher", "component by component")
+        Measured(f"autointerp_{key}_gain", f"{title}, above another component's", "", "higher", "component by component", _BLIND)
         for key, title, _ in _KINDS
     ),
     Measured("autointerp_missing", "Missing replies", "", "lower", "share of the requests whose reply could not be had or read"),

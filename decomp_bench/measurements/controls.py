@@ -125,6 +125,6 @@ MEASUREMENT = Measurement(
     1,
     ControlsConfig,
     measure,
-    tuple(Measured(m.key, m.title, m.unit, m.direction, m.formula) for m in CATALOGUE.values()),
+    tuple(Measured(m.key, m.title, m.unit, m.direction, m.formula, m.blind) for m in CATALOGUE.values()),
     _seconds,
 )

@@ -38,10 +38,11 @@ _TITLES = (
 )
 _POOL = "components active at enough positions of both folds, and not at too many, by all components"
 _GAIN = "minus that of a random direction that is as dense, component by component"
+_BLIND = "a dictionary whose decoder is random and never trained (experiment 008): what components write does not enter"
 METRICS = (
     Measured("interpretability_pool", "Share that could be drawn", "", "none", _POOL),
-    *(Measured(key, title, "", "higher", formula) for key, title, formula in _TITLES),
-    *(Measured(f"{key}_gain", f"{title}, above random directions", "", "higher", _GAIN) for key, title, _ in _TITLES),
+    *(Measured(key, title, "", "higher", formula, _BLIND) for key, title, formula in _TITLES),
+    *(Measured(f"{key}_gain", f"{title}, above random directions", "", "higher", _GAIN, _BLIND) for key, title, _ in _TITLES),
 )
 
 

@@ -23,13 +23,14 @@ from decomp_bench.results import condition
 from decomp_bench.robustness import Donors, Held, RobustnessConfig, Tally, climbed, held, is_trivial, joined, named_masks, soft, sourced
 
 VERSION = 1
+_WHOLE = "any complete set of components, random ones included"
 METRICS = (
     Measured("robustness_kl", "KL under other masks", "nats/token", "lower", "KL(target || masked), masks g + (1 - g) r of clean gates g"),
     Measured("robustness_ce", "Rise of CE under other masks", "nats/token", "lower", "CE of the masked model minus that of the target"),
     Measured("robustness_mse", "Error under other masks", "", "lower", "mean squared error of a toy's masked output"),
     Measured("robustness_rise", "Harm of what others need", "nats/token", "lower", "error with more components on, minus that of gates"),
-    Measured("weight_error", "Error of the summed components", "", "lower", "|W - sum of components| / |W|, Frobenius"),
-    Measured("weight_cosine", "Cosine of the summed components", "", "higher", "<W, sum of components> / (|W| |sum|)"),
+    Measured("weight_error", "Error of the summed components", "", "lower", "|W - sum of components| / |W|, Frobenius", _WHOLE),
+    Measured("weight_cosine", "Cosine of the summed components", "", "higher", "<W, sum of components> / (|W| |sum|)", _WHOLE),
 )
 QUANTITIES = {"kl": "robustness_kl", "ce": "robustness_ce", "output_error": "robustness_mse"}
 TRIVIAL = "gates close only components without strength: opening them changes nothing"

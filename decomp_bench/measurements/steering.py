@@ -32,12 +32,33 @@ from decomp_bench.steering import Ground, Outcome, SteeringConfig, Texts, chosen
 
 VERSION = 1
 METRICS = (
-    Measured("steering_concept", "Concept in steered text", "", "higher", "detector's score minus the unsteered texts' mean, at least 0"),
-    Measured("steering_fluency", "Fluency of steered text", "", "higher", "exp(-rise of NLL under the clean model / spread) * variety"),
+    Measured(
+        "steering_concept",
+        "Concept in steered text",
+        "",
+        "higher",
+        "detector's score minus the unsteered texts' mean, at least 0",
+        "text broken into the concept's words",
+    ),
+    Measured(
+        "steering_fluency",
+        "Fluency of steered text",
+        "",
+        "higher",
+        "exp(-rise of NLL under the clean model / spread) * variety",
+        "steering that does nothing",
+    ),
     Measured("steering_score", "Steering score", "", "higher", "harmonic mean of concept and fluency of each text, mean over texts"),
     Measured("steering_gain", "Steering score above random", "", "higher", "score minus the mean score of random controls, by prompt"),
     Measured("steering_factor", "Chosen factor", "", "none", "|dy| / |y| (or tokens of a prefix) whose score on fold B is best"),
-    Measured("selection_auroc", "AUROC of the selected component", "", "higher", "P(larger where the concept holds) on fold A, ties half"),
+    Measured(
+        "selection_auroc",
+        "AUROC of the selected component",
+        "",
+        "higher",
+        "P(larger where the concept holds) on fold A, ties half",
+        "what components write, which does not enter",
+    ),
     Measured("detector_auroc", "AUROC of the concept's detector", "", "higher", "on texts of fold D's documents that it was not made from"),
 )
 SCORES = ("concept", "fluency", "score")

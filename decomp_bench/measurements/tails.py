@@ -28,8 +28,22 @@ from decomp_bench.replacement import clean_codes, clean_points, clean_rows
 from decomp_bench.results import condition
 
 METRICS = (
-    Measured("tail_share", "Contributions beyond a rank", "", "lower", "sum of |strength| |write vector| beyond the r largest / the whole"),
-    Measured("tail_active", "Active components beyond a rank", "", "lower", "let through beyond the r largest / all let through"),
+    Measured(
+        "tail_share",
+        "Contributions beyond a rank",
+        "",
+        "lower",
+        "sum of |strength| |write vector| beyond the r largest / the whole",
+        "sparsity of junk",
+    ),
+    Measured(
+        "tail_active",
+        "Active components beyond a rank",
+        "",
+        "lower",
+        "let through beyond the r largest / all let through",
+        "sparsity of junk",
+    ),
     Measured("token_share", "Squared norm in the largest tokens", "", "none", "sum of |x|^2 over the largest tokens / over all"),
 )
 ABOUT = {"protocol": "clean", "gates": "self"}

@@ -34,16 +34,48 @@ from decomp_bench.topic_ablation import AblationConfig, Resamples, at_damage, lo
 
 VERSION = 1
 FEWEST_DOCUMENTS = 2
+_SELECTED = "random directions selected alike, which have a share of it (experiment 014): read it beside theirs"
 METRICS = (
-    Measured("ablation_on", "Loss on the topic", "nats/token", "higher", "rise of CE on text of the concept, by number of components"),
-    Measured("ablation_off", "Loss on other text", "nats/token", "lower", "rise of CE on other text, by number of components"),
-    Measured("ablation_selectivity", "Selectivity", "", "higher", "max(on, 0) / (max(on, 0) + |off|)"),
     Measured(
-        "ablation_on_at_damage", "Loss on the topic at equal damage", "nats/token", "higher", "on, where |off| first reaches a damage"
+        "ablation_on",
+        "Loss on the topic",
+        "nats/token",
+        "higher",
+        "rise of CE on text of the concept, by number of components",
+        "removing everything",
     ),
-    Measured("ablation_selectivity_at_damage", "Selectivity at equal damage", "", "higher", "selectivity where |off| reaches a damage"),
     Measured(
-        "ablation_gain", "Loss on the topic above random", "nats/token", "higher", "on at a damage minus the mean of random controls'"
+        "ablation_off",
+        "Loss on other text",
+        "nats/token",
+        "lower",
+        "rise of CE on other text, by number of components",
+        "removing nothing",
+    ),
+    Measured("ablation_selectivity", "Selectivity", "", "higher", "max(on, 0) / (max(on, 0) + |off|)", _SELECTED),
+    Measured(
+        "ablation_on_at_damage",
+        "Loss on the topic at equal damage",
+        "nats/token",
+        "higher",
+        "on, where |off| first reaches a damage",
+        _SELECTED,
+    ),
+    Measured(
+        "ablation_selectivity_at_damage",
+        "Selectivity at equal damage",
+        "",
+        "higher",
+        "selectivity where |off| reaches a damage",
+        _SELECTED,
+    ),
+    Measured(
+        "ablation_gain",
+        "Loss on the topic above random",
+        "nats/token",
+        "higher",
+        "on at a damage minus the mean of random controls'",
+        _SELECTED,
     ),
 )
 ABOUT = {"protocol": "cascading", "split": SPLIT["C"]}

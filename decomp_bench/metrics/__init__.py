@@ -19,7 +19,7 @@ HEADLINE = {"lm": "ce_delta", "regression": "output_mse"}
 
 def metric_catalogue() -> list[dict[str, Any]]:
     """Every metric's declaration, for listings."""
-    shown = ("key", "title", "unit", "direction", "formula", "source", "version", "task", "control", "needs")
+    shown = ("key", "title", "unit", "direction", "formula", "source", "version", "task", "control", "needs", "blind")
     return [{name: getattr(metric, name) for name in shown} for metric in CATALOGUE.values()]
 
 

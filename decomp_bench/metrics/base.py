@@ -15,6 +15,8 @@ Sums = Mapping[tuple[str, str], np.ndarray]
 """(quantity, part) -> [R]; the part is a layer, a site or `all`."""
 Values = dict[tuple[str, str], np.ndarray]
 """(layer, site) -> [R]; `all` where a value belongs to no single one."""
+AS_SPARSE = "junk of the same settings, which is as sparse or sparser (experiment 024)"
+"""What counts are blind to."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Metric:
     """The control that would expose it."""
     needs: str = ""
     """Why it may be missing."""
+    blind: str = ""
+    """What it cannot tell from a decomposition of the target, so that it measures no quality by itself; empty: nothing known."""
 
 
 def parts(sums: Sums, name: str) -> list[str]:

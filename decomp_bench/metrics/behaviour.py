@@ -71,6 +71,7 @@ METRICS = [
         _ce_delta,
         task="lm",
         control="nothing replaced gives 0; zero and mean ablation bound it",
+        blind="a target that knows nothing and has nothing to lose (experiment 024): read it beside ce_clean",
     ),
     Metric(
         "kl",
@@ -141,6 +142,7 @@ METRICS = [
         task="lm",
         needs=_NEEDS,
         control="zero ablation gives 0, nothing replaced 1",
+        blind="a target that knows nothing and has nothing to lose (experiment 024): read it beside ce_clean",
     ),
     Metric(
         "output_mse",

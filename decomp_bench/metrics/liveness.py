@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from decomp_bench.metrics.base import Context, Metric, Sums, Values
+from decomp_bench.metrics.base import AS_SPARSE, Context, Metric, Sums, Values
 
 DENSE = 0.1
 
@@ -44,7 +44,16 @@ METRICS = [
         _count("fired"),
         control="a random gate of density p leaves none dead once n >> 1/p",
     ),
-    Metric("dead", "Dead share", "", "lower", "share of components active on none of the n scored tokens", "METRICS 5", _share("silent")),
+    Metric(
+        "dead",
+        "Dead share",
+        "",
+        "lower",
+        "share of components active on none of the n scored tokens",
+        "METRICS 5",
+        _share("silent"),
+        blind="random components that are seldom off",
+    ),
     Metric(
         "dense", "Dense share", "", "none", f"share of components active on more than {DENSE:.0%} of tokens", "METRICS 5", _share("dense")
     ),
@@ -66,8 +75,16 @@ METRICS = [
         "median over tokens of the active components, each once, / MLPs",
         "METRICS 2",
         _quantile("l0_median"),
+        blind=AS_SPARSE,
     ),
     Metric(
-        "l0_p95", "95% quantile of active per MLP", "", "lower", "95% quantile over tokens of the same", "METRICS 2", _quantile("l0_p95")
+        "l0_p95",
+        "95% quantile of active per MLP",
+        "",
+        "lower",
+        "95% quantile over tokens of the same",
+        "METRICS 2",
+        _quantile("l0_p95"),
+        blind=AS_SPARSE,
     ),
 ]

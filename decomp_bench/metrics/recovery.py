@@ -12,6 +12,7 @@ from decomp_bench.metrics.base import Context, Metric, Sums, Values, parts
 
 _NEEDS = "needs a toy whose mechanisms are known, and a decomposition that has this part"
 _NULL = "null of the same measure: as many random directions of the same lengths (importances: shuffled)"
+_NEAR_NOTHING = "junk, which is near no mechanism"
 _PAIR = "cosine of whole rank-one matrices > 0.9 and |log length ratio| < 0.2, one to one"
 
 SUMMED = {"merges", "splits", "spare", "live", "live_surplus", "ci_error", "ci_error_null"}
@@ -26,8 +27,8 @@ def _given(key: str) -> Callable[[Sums, Context], Values]:
     return compute
 
 
-def _known(key: str, title: str, direction: str, formula: str, source: str = "METRICS 4", control: str = "") -> Metric:
-    return Metric(key, title, "", direction, formula, source, _given(key), task="regression", control=control, needs=_NEEDS)
+def _known(key: str, title: str, direction: str, formula: str, source: str = "METRICS 4", control: str = "", blind: str = "") -> Metric:
+    return Metric(key, title, "", direction, formula, source, _given(key), task="regression", control=control, needs=_NEEDS, blind=blind)
 
 
 _PAPERS = "SPD (arXiv 2506.20790), APD (arXiv 2501.14926)"
@@ -38,7 +39,8 @@ _WITH_NULL = [
         "higher",
         "mean_j max_c cos(component c's column for feature j, true column), over all components; autoencoding: of directions",
         _PAPERS,
-        "blind to length, and near 1 in two dimensions whatever is found",
+        "random directions of the same lengths are its null",
+        "lengths, and in two dimensions whatever is found: read it beside mmcs_null",
     ),
     _known(
         "ml2r",
@@ -102,8 +104,12 @@ _WITH_NULL = [
     ),
 ]
 _PLAIN = [
-    _known("merges", "Merged components", "lower", "live components whose cosine with two mechanisms or more is > 0.5"),
-    _known("splits", "Split mechanisms", "lower", "mechanisms whose cosine with two live components or more is > 0.5"),
+    _known(
+        "merges", "Merged components", "lower", "live components whose cosine with two mechanisms or more is > 0.5", blind=_NEAR_NOTHING
+    ),
+    _known(
+        "splits", "Split mechanisms", "lower", "mechanisms whose cosine with two live components or more is > 0.5", blind=_NEAR_NOTHING
+    ),
     _known("spare", "Spare live components", "lower", "live components that are no mechanism"),
     _known("live", "Live components", "none", "components that fired and are longer than a tenth of the mean mechanism", "SPD (counts)"),
     _known("live_surplus", "Live components beyond the known number", "none", "live - known; negative: some are missing", "SPD (counts)"),
@@ -125,6 +131,13 @@ _PLAIN = [
         "the target gives 1, a second layer that does not read the stream 0",
     ),
     _known("edge_precision", "Precision of hop edges", "higher", "implied edges that are planted / implied edges", "METRICS 3.6"),
-    _known("edge_recall", "Recall of hop edges", "higher", "planted edges that are implied / planted edges", "METRICS 3.6"),
+    _known(
+        "edge_recall",
+        "Recall of hop edges",
+        "higher",
+        "planted edges that are implied / planted edges",
+        "METRICS 3.6",
+        blind="junk that implies every edge: read it beside edge_precision",
+    ),
 ]
 METRICS = [*_WITH_NULL, *(_known(f"{m.key}_null", f"{m.title}, by chance", "none", _NULL, m.source) for m in _WITH_NULL), *_PLAIN]

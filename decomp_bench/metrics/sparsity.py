@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from decomp_bench.metrics.base import Context, Metric, SiteInfo, Sums, Values, ratio
+from decomp_bench.metrics.base import AS_SPARSE, Context, Metric, SiteInfo, Sums, Values, ratio
 
 
 def _mean_active(sums: Sums, site: SiteInfo) -> np.ndarray:
@@ -67,6 +67,7 @@ METRICS = [
         "DESIGN 4; Bussmann et al. (nn_decompositions), axis b",
         _l0_mlp,
         control="BatchTopK: within 5% of k",
+        blind=AS_SPARSE,
     ),
     Metric(
         "l0_module",
@@ -76,8 +77,18 @@ METRICS = [
         "mean active of a site; `all`: mean over the MLPs' sites",
         "DESIGN 4",
         _l0_module,
+        blind=AS_SPARSE,
     ),
-    Metric("l0_node", "Active components per MLP, each once", "", "lower", "sum over sites of mean active / MLPs", "METRICS 2", _l0_node),
+    Metric(
+        "l0_node",
+        "Active components per MLP, each once",
+        "",
+        "lower",
+        "sum over sites of mean active / MLPs",
+        "METRICS 2",
+        _l0_node,
+        blind=AS_SPARSE,
+    ),
     Metric(
         "l0_attention",
         "Active components per attention",
@@ -87,6 +98,7 @@ METRICS = [
         "DESIGN 4",
         _l0_attention,
         needs="only where attention is decomposed",
+        blind=AS_SPARSE,
     ),
     Metric(
         "active_params",
@@ -97,6 +109,7 @@ METRICS = [
         "METRICS 2",
         _active_params,
         control="all gates zero leaves what is always on",
+        blind=AS_SPARSE,
     ),
     Metric(
         "bits",
@@ -109,6 +122,7 @@ METRICS = [
         "METRICS 2; APD's description length",
         _bits,
         control="one more component costs at least log2 of the pool",
+        blind=AS_SPARSE,
         version=1,
     ),
 ]
