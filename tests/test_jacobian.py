@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from decomp_bench import registry, results
+from decomp_bench import registry, results, targets
 from decomp_bench.config import DataConfig, parse
 from decomp_bench.data import source as open_source
 from decomp_bench.data.streams import with_clean
-from decomp_bench.errors import UserError
 from decomp_bench.interpretability.jacobian import JacobianConfig, jacobians, sums
 from decomp_bench.measurements import measurement
 from decomp_bench.replacement import clean_codes, clean_points
@@ -143,6 +142,19 @@ def test_a_replacement_that_ignores_its_input_has_an_error_of_one(lm):
     assert rows["jacobian_cosine", "component", "all"] == 0
 
 
-def test_a_target_without_text_is_refused(lm, toy):
-    with pytest.raises(UserError, match="needs text"):
-        measurement("jacobian").measure(make("spd", lm[0]), open_source(toy[0], DataConfig()), CONFIG, print)
+@pytest.mark.parametrize("uri", ["toy:resid_mlp2", "toy:tms_5-2@2", "toy:tms_5-2-id@2"])
+def test_on_a_toy_all_of_its_own_directions_respond_as_it_does_and_rows_without_a_response_are_left_out(uri):
+    target = targets.load(uri)
+    source = open_source(target, DataConfig())
+    kind = registry.method("svd")
+    decomposer = kind(parse(kind.Config, {"k": 1000}, "svd"), target, target.layer_tuple("all"), 0).eval()
+    rows = measured(decomposer, source)["value"]
+    assert rows["jacobian_cosine", "component", "all"] == pytest.approx(1, abs=1e-5)
+    assert rows["jacobian_error", "component", "all"] == pytest.approx(0, abs=1e-3)
+    is_linear = "tms" in uri  # its relu comes after what is replaced
+    assert (rows["jacobian_cosine", "random positions", "all"] > 0.999) == is_linear
+    for table in sums(decomposer, source, CONFIG, lambda: None).by_layer.values():
+        count = table[:, 0]
+        assert set(np.unique(count)) <= {0.0, 1.0}
+        assert 0 < count.sum() <= CONFIG.rows * CONFIG.positions
+        assert (table[count == 0] == 0).all()

@@ -1,15 +1,17 @@
-"""Whether a replacement MLP responds to its input as the original does: their Jacobians at sampled positions.
+"""Whether a replacement MLP responds to its input as the original does: their Jacobians at sampled positions, or rows of a toy.
 
 Protocol. At a position of held-out text, J is the derivative of the layer's MLP output by the MLP's input there, both clean; J' is that of
 what replaces it. Held constant: every other input (what sources at other layers read, other positions), and the gates, at those of the
 clean pass. With gates that are on or off this is the derivative almost everywhere; of graded gates it leaves out the part through the
 gate. Both are met with the same orthonormal vectors v: v^T J and v^T J', all d of them where the width is no larger than `probes`, so that
-sums over v are the Frobenius norms and products themselves, and estimates of them up to a common factor otherwise.
+sums over v are the Frobenius norms and products themselves, and estimates of them up to a common factor otherwise. Positions at which J is
+zero, as where all of a toy's neurons are off, are left out: nothing has a direction there; so are a toy's rows without input, at which no
+component has anything to let through. A toy's rows are documents of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,7 +37,7 @@ class JacobianConfig(Config):
     rows: PositiveInt = 24
     """Rows of held-out text."""
     positions: Annotated[int, Field(ge=2)] = 8
-    """Positions of each row at most."""
+    """Positions of each row at most; a toy, whose rows have one, is met with so many times more rows."""
     probes: PositiveInt = 32
     """Vectors that the Jacobians are met with."""
     batch: PositiveInt = 8
@@ -58,24 +60,51 @@ def layers_of(decomposer: Decomposer) -> list[int]:
     return sorted({layer_of(point) for point in writes if unit_of(point).endswith(".mlp")} & set(decomposer.layers))
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a batch is differentiated: indices into its rows (and positions), which of them are each other's control, their documents."""
+
+    batch: Batch
+    at: tuple[Int[np.ndarray, " s"], ...]
+    together: Int[np.ndarray, " s"]
+    document: Int[np.ndarray, " s"]
+
+
 def sums(decomposer: Decomposer, source: Source, config: JacobianConfig, tick: Callable[[], None]) -> Sums:
-    """Compare at every sampled position of fold C; `tick` is called once for each batch of rows and layer."""
-    sample = draw(source, "C", (), config.rows, 0, config.seed)
-    _, document = np.unique(sample.documents, return_inverse=True)
-    layers, width = layers_of(decomposer), decomposer.target.width
-    found = {layer: np.zeros((int(document.max()) + 1, len(QUANTITIES))) for layer in layers}
-    generator = torch.Generator().manual_seed(config.seed)
-    probes = _orthonormal(width, generator)[: config.probes].to(decomposer.target.device)
-    turn = _orthonormal(width, generator).to(decomposer.target.device)
-    for start in range(0, len(sample.index), config.batch):
-        part = slice(start, min(start + config.batch, len(sample.index)))
-        batch = with_clean(source, source.batch(sample.split, sample.index[part]), clean_points(decomposer), logits=False)
-        row, place = _places(sample, part, config)
+    """Compare at every sampled position of fold C, or row of a toy; `tick` is called once for each batch of rows and layer."""
+    target, layers = decomposer.target, layers_of(decomposer)
+    places = list(_places_of_text(source, config) if target.is_lm else _places_of_toy(source, config))
+    found = {layer: np.zeros((1 + max(int(one.document.max()) for one in places), len(QUANTITIES))) for layer in layers}
+    for one in places:
+        clean = with_clean(source, one.batch, clean_points(decomposer), logits=False)
         for layer in layers:
-            pair = jacobians(decomposer, batch, layer, (row, place), probes)
-            np.add.at(found[layer], document[part][row], _quantities(*pair, turn, row))
+            generator = torch.Generator().manual_seed(config.seed)
+            probes, turn = (_orthonormal(clean.clean[f"{layer}.mlp.{end}"].shape[-1], generator).to(target.device) for end in ("out", "in"))
+            pair = jacobians(decomposer, clean, layer, one.at, probes[: config.probes])
+            np.add.at(found[layer], one.document, _quantities(*pair, turn, one.together))
             tick()
     return Sums(found)
+
+
+def _places_of_text(source: Source, config: JacobianConfig) -> Iterator[Places]:
+    sample = draw(source, "C", (), config.rows, 0, config.seed)
+    _, document = np.unique(sample.documents, return_inverse=True)
+    for start in range(0, len(sample.index), config.batch):
+        part = slice(start, min(start + config.batch, len(sample.index)))
+        row, place = _places(sample, part, config)
+        yield Places(source.batch(sample.split, sample.index[part]), (row, place), row, document[part][row])
+
+
+def _places_of_toy(source: Source, config: JacobianConfig) -> Iterator[Places]:
+    size = config.batch * config.positions
+    index = np.random.default_rng(config.seed).permutation(source.size("test"))
+    inputs = source.batch("test", index).x
+    assert inputs is not None
+    index = index[(inputs != 0).any(1).cpu().numpy()][: config.rows * config.positions]
+    for start in range(0, len(index), size):
+        part = index[start : start + size]
+        row = np.arange(len(part))
+        yield Places(source.batch("test", part), (row,), np.zeros_like(row), start + row)
 
 
 def _orthonormal(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
@@ -94,9 +123,9 @@ def _places(sample: Sample, part: slice, config: JacobianConfig) -> tuple[Int[np
 
 
 def jacobians(
-    decomposer: Decomposer, batch: Batch, layer: int, at: tuple[np.ndarray, np.ndarray], probes: Float[Tensor, "p d"]
-) -> tuple[Float[Tensor, "p s d"], Float[Tensor, "p s d"]]:
-    """v^T J of the target's MLP and v^T J' of its replacement, for each probe v, at positions (rows [s], places [s])."""
+    decomposer: Decomposer, batch: Batch, layer: int, at: tuple[np.ndarray, ...], probes: Float[Tensor, "p d_out"]
+) -> tuple[Float[Tensor, "p s d_in"], Float[Tensor, "p s d_in"]]:
+    """v^T J of the target's MLP and v^T J' of its replacement, for each probe v, at rows [s], or rows [s] and positions [s] of text."""
     target, first, point = decomposer.target, int(decomposer.target.keeps_first), f"{layer}.mlp.in"
     with torch.no_grad():
         codes = clean_codes(decomposer, batch)
@@ -106,15 +135,16 @@ def jacobians(
     def through(_x: Tensor) -> Tensor:
         return target.part(f"{layer}.mlp")(u)
 
-    row, place = (torch.from_numpy(part).to(u.device) for part in at)
+    where = tuple(torch.from_numpy(part).to(u.device) for part in at)
+    kept = (where[0], where[1] - first) if first and len(where) > 1 else where
     with torch.enable_grad():
         own = replaced(decomposer, here, (layer,), "single", codes, forward=through).outputs[layer]
         original = target.part(f"{layer}.mlp")(u)
-        outputs = (original[row, place], own[row, place - first])
-    return tuple(torch.stack([_product(y, v, u)[row, place] for v in probes]) for y in outputs)  # type: ignore[return-value]
+        outputs = (original[where], own[kept])
+    return tuple(torch.stack([_product(y, v, u)[where] for v in probes]) for y in outputs)  # type: ignore[return-value]
 
 
-def _product(y: Float[Tensor, "s d"], v: Float[Tensor, " d"], u: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
+def _product(y: Float[Tensor, "s d_out"], v: Float[Tensor, " d_out"], u: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
     """The gradient of v . y, summed over positions, by u; zero where y does not depend on it."""
     if not y.requires_grad:
         return torch.zeros_like(u)
@@ -123,15 +153,16 @@ def _product(y: Float[Tensor, "s d"], v: Float[Tensor, " d"], u: Float[Tensor, "
 
 
 def _quantities(
-    target: Float[Tensor, "p s d"], own: Float[Tensor, "p s d"], turn: Float[Tensor, "d d"], row: Int[np.ndarray, " s"]
+    target: Float[Tensor, "p s d"], own: Float[Tensor, "p s d"], turn: Float[Tensor, "d d"], together: Int[np.ndarray, " s"]
 ) -> Float[np.ndarray, "s q"]:
-    """Per position: 1, |J|^2, |J'|^2, <J, J'>, <J, J'> with J' turned, and of another position of its row; the cosines."""
-    other = np.arange(len(row))
-    for own_row in np.unique(row):
-        other[row == own_row] = np.roll(other[row == own_row], 1)
+    """Per position: 1, |J|^2, |J'|^2, <J, J'>, <J, J'> with J' turned, and of another position of its own; the cosines. 0 where J is 0."""
+    other = np.arange(len(together))
+    for group in np.unique(together):
+        other[together == group] = np.roll(other[together == group], 1)
     turned, elsewhere = own @ turn, own[:, torch.from_numpy(other).to(own.device)]
     squares = [(one.double() ** 2).sum((0, 2)) for one in (target, own, elsewhere)]
     products = [(target.double() * one.double()).sum((0, 2)) for one in (own, turned, elsewhere)]
     sizes = [squares[1], squares[1], squares[2]]
     cosines = [product / (squares[0] * size).sqrt().clamp_min(1e-30) for product, size in zip(products, sizes, strict=True)]
-    return torch.stack([torch.ones_like(squares[0]), squares[0], squares[1], *products, *cosines], 1).cpu().numpy()
+    found = torch.stack([torch.ones_like(squares[0]), squares[0], squares[1], *products, *cosines], 1)
+    return (found * (squares[0] > 0)[:, None]).cpu().numpy()

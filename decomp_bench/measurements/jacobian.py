@@ -1,4 +1,4 @@
-"""Faithfulness of replacement MLPs: their Jacobians beside the original's, at sampled positions of held-out text (protocol: `jacobian`).
+"""Faithfulness of replacement MLPs: their Jacobians beside the original's, at sampled positions of held-out text or rows of a toy.
 
 A decomposition that is given the MLP's output has no response of its own to the MLP's input, and is left out.
 """
@@ -18,7 +18,6 @@ from decomp_bench.data.sources import Source
 from decomp_bench.decomposer import Decomposer
 from decomp_bench.interpretability.jacobian import QUANTITIES, JacobianConfig, Sums, layers_of, sums
 from decomp_bench.measurements import Measured, Measurement, Progress, Rows
-from decomp_bench.measurements._baselines import need_text
 from decomp_bench.results import condition
 
 VERSION = 1
@@ -42,7 +41,6 @@ AUTOENCODING = "it is given the MLP's output, so that it has no response of its 
 
 def measure(decomposer: Decomposer, source: Source, config: JacobianConfig, progress: Progress) -> Rows:
     """Rows over all layers and of each."""
-    need_text(source, "jacobian")
     about = {**columns(decomposer, Condition("single", "clean", TRAINED)), "split": "test"}
     layers = layers_of(decomposer)
     if decomposer.kind == "autoencoding" or not layers:
