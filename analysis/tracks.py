@@ -20,11 +20,11 @@ WHOLE = ("chosen", "all")
 DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 """Of the first, second and third form of a family."""
 FLOOR = 1e-4
-"""Where a logarithmic y becomes linear, so that it has a place for 0 and none for rounding errors."""
+"""Where a logarithmic y becomes linear, so that it has a place for 0 and none for rounding errors; if nothing is as low, it does not."""
 
 
 class Axis(NamedTuple):
-    """A metric (or `at` itself) on an axis, its label, and whether the axis is logarithmic (y: linear below `FLOOR`)."""
+    """A metric (or `at` itself) on an axis, its label, and whether it is logarithmic (y: linear below `FLOOR`, if shown)."""
 
     metric: str
     label: str
@@ -98,7 +98,11 @@ def _scales(axes: Axes, data: pd.DataFrame, x: Axis, y: Axis) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
     if y.log:
-        axes.set_yscale("symlog", linthresh=FLOOR, linscale=0.4)
-        axes.set_ylim(0.0)
+        lowest = float(np.nanmin([data["y"].min(), data["y_lo"].min()]))
+        if lowest > FLOOR:
+            axes.set_yscale("log")
+        else:
+            axes.set_yscale("symlog", linthresh=FLOOR, linscale=0.4)
+            axes.set_ylim(0.0)
     axes.set_xlabel(x.label, fontsize=TEXT + 0.5, labelpad=2)
     axes.set_ylabel(y.label, fontsize=TEXT + 0.5, labelpad=2)
