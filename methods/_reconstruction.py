@@ -129,10 +129,11 @@ def _codes(mask: Tensor, remainder: Tensor | None, rows: Rows, chosen: Tensor | 
     return SiteCodes(mask, mask, remainder)
 
 
-def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes, layers: tuple[int, ...]) -> Float[Tensor, ""]:
-    """KL(target || masked) on logits, or the mean squared error of a regression, over the rows, with these codes as gates."""
+def divergence(decomposer: Decomposer, batch: Batch, rows: Rows, codes: Codes | None, layers: tuple[int, ...]) -> Float[Tensor, ""]:
+    """KL(target || masked) on logits, or the mean squared error of a regression, over the rows. Gates are these codes; None: its own."""
     assert batch.logits is not None
-    output = decomposer.replaced(batch, layers, gates=_whole(codes, batch, decomposer.target)).logits
+    gates = "self" if codes is None else _whole(codes, batch, decomposer.target)
+    output = decomposer.replaced(batch, layers, gates=gates).logits
     if not decomposer.target.is_lm:
         return output_error(output, batch, decomposer.target) if rows.even else rows.weight @ (output - batch.logits).square().mean(1)
     return _KL.apply(output.flatten(0, 1), batch.logits.flatten(0, 1), rows.place, rows.place_weight)  # type: ignore[return-value]

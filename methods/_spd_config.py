@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from decomp_bench.config import MethodConfig
 
 from ._adversary import Scope
-from ._gates import Gate
+from ._gates import GLOBAL, Gate
 
 ADVERSARY = (
     "adversarial", "adversary", "adversary_scope", "adversary_steps", "adversary_lr", "adversary_warmup", "adversary_betas",
@@ -17,6 +17,7 @@ ADVERSARY = (
 )  # fmt: skip
 ADDED = (
     "tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse",
+    "self_gated",
 )  # fmt: skip
 
 
@@ -86,6 +87,9 @@ class SPDConfig(MethodConfig):
     """The same with a random subset of maps masked, drawn for each position."""
     unmasked: NonNegativeFloat = 0.0
     """Weight of reconstruction with every component fully on, without the remainder."""
+    self_gated: NonNegativeFloat = 0.0
+    """Weight of reconstruction with every map masked at once, where importances are those of the masked pass itself (gates=self), and
+    not of the clean one."""
     hidden: NonNegativeFloat = 0.0
     """Weight of the mean squared error of what the maps read when every map is masked at random."""
     schatten: NonNegativeFloat = 0.0
@@ -134,6 +138,8 @@ class SPDConfig(MethodConfig):
             raise ValueError("accumulate: persistent sources climb the gradient of a whole batch; set accumulate=1, or adversary=fresh")
         if self.adversary == "persistent" and self.adversary_routing == "layerwise":
             raise ValueError("adversary_routing: one map at a time has no sources to keep; set adversary=fresh, or all or subset")
+        if self.self_gated and self.gate in GLOBAL:
+            raise ValueError(f"self_gated: gates of gate={self.gate} need the clean pass; set self_gated=0, or gate=shared")
         if self.adversary == "persistent" and self.adversarial and self.collapse:
             raise ValueError("collapse: persistent sources belong to the rows of a whole batch; set collapse=false, or adversary=fresh")
         return self

@@ -5,6 +5,7 @@
 | `stochastic`, `layerwise`, `subset` | g + (1 - g) r with uniform r, and of the remainder r | all, one at a time, a random subset |
 | `ci_masked`, `ci_layerwise`, `ci_subset` | g, without the remainder | all, one at a time, a random subset |
 | `unmasked` | one, without the remainder | all |
+| `self_gated` | as `stochastic`, with g of the masked pass itself | all |
 
 Every map that is not masked is the target's own.
 """
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from decomp_bench.decomposer import Batch, Codes, Point, SiteCodes, layer_of
 
-from ._masks import uniform_subset
+from ._importance import Penalty, importances
+from ._masks import interpolate, uniform_subset
 from ._reconstruction import Rows, divergence, masked, placed, reading_error
 
 if TYPE_CHECKING:
@@ -78,6 +80,24 @@ def some_at_once(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -
     return torch.stack(draws).mean()
 
 
+def under_own_gates(spd: SPD, batch: Batch, rows: Rows) -> Float[Tensor, ""]:
+    """The error with every map masked at random by importances of the masked pass itself, mean over draws."""
+    draws = []
+    for _ in range(spd.config.samples):
+        with spd.masking_itself():
+            draws.append(divergence(spd, batch, rows, None, spd.layers))
+    return torch.stack(draws).mean()
+
+
+def drawn(spd: SPD, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
+    """Codes of one site with stochastic masks from its logits, at every position."""
+    flat = z.flatten(0, -2)
+    unpaid = flat.new_zeros(len(flat))  # minimality is that of the clean pass
+    g = importances(flat, unpaid, 1.0, Penalty("smooth_l0", 1.0), spd.config.sigmoid == "straight_through")[0]
+    mask = interpolate(g, spd.uniforms.draw(*flat.shape, device=flat.device)).view(z.shape)
+    return SiteCodes(strength, mask, spd.uniforms.draw(*z.shape[:-1], device=z.device) if spd.config.delta else None)
+
+
 def _draws(spd: SPD, mask: Mask) -> int:
     return spd.config.samples if mask is at_random else 1
 
@@ -95,6 +115,8 @@ def reconstructions(spd: SPD, batch: Batch, rows: Rows, lower: Lower) -> dict[st
     """Every term that has a weight, unweighted: the stochastic ones first."""
     chosen = {name: (error, at_random) for name, error in STOCHASTIC.items()} | GIVEN
     found = {name: error(spd, batch, rows, lower, mask) for name, (error, mask) in chosen.items() if getattr(spd.config, name)}
+    if spd.config.self_gated:
+        found["self_gated"] = under_own_gates(spd, batch, rows)
     if spd.config.hidden:
         draws = [reading_error(spd, batch, rows, _codes(spd, at_random, rows, lower), spd.layers) for _ in range(spd.config.samples)]
         found["hidden"] = torch.stack(draws).mean()
