@@ -26,7 +26,10 @@ MEASURES = {
     "mmcs": Measure("MMCS", "mean over mechanisms of the largest cosine"),
 }
 PANELS = (SUCCESS, "matched_cosine", "mmcs")
-TABLED = ("recovery_f1", "matched_cosine", "mmcs", "ml2r", "ml2r_longest", "merges", "splits", "spare", "live", "ci_error", "contributions")
+TABLED = (
+    *("recovery_f1", "matched_cosine", "mmcs", "ml2r", "ml2r_longest", "merges", "splits", "spare", "live", "ci_error", "contributions"),
+    *("absorption", "undetected", "hop_r2", "edge_precision", "edge_recall"),
+)
 ENTRY = ["method", "family", "kind", "variant"]
 ROW, LEFT = 0.21, 1.25  # inches for a row, and for the labels
 CROWDED = 16
