@@ -24,8 +24,12 @@ MEASURES = {
     "matched_cosine": Measure("Matched cosine", "mean cosine of mechanisms with components under the best one-to-one assignment"),
     "recovery_f1": Measure("F1", "of mechanisms found one to one"),
     "mmcs": Measure("MMCS", "mean over mechanisms of the largest cosine"),
+    "absorption": Measure("Absorption", "how much oftener a parent's component is off where a child is on"),
+    "hop_r2": Measure("Hop R²", "share of the change of the outputs that is met when what the first layer wrote is patched"),
 }
-PANELS = (SUCCESS, "matched_cosine", "mmcs")
+PANELS = (SUCCESS, "matched_cosine")
+OWN_PANEL = ("absorption", "hop_r2", "mmcs")
+"""The first of these that a target has is a panel too."""
 TABLED = (
     *("recovery_f1", "matched_cosine", "mmcs", "ml2r", "ml2r_longest", "merges", "splits", "spare", "live", "ci_error", "contributions"),
     *("absorption", "undetected", "hop_r2", "edge_precision", "edge_recall"),
@@ -79,7 +83,8 @@ def _successes(own: pd.DataFrame) -> pd.DataFrame:
 
 def figure_of(table: pd.DataFrame, frame: pd.DataFrame) -> Figure:
     """A panel for each measure, a row for each entry or family of many, 3.3 inches wide; grey crosses: the null of the same measure."""
-    panels = [key for key in PANELS if key in set(table["metric"])]
+    there = set(table["metric"])
+    panels = [key for key in (*PANELS, *[key for key in OWN_PANEL if key in there][:1]) if key in there]
     entries = list(dict.fromkeys(table[ENTRY].itertuples(index=False, name=None)))
     looks = styles(told_apart(tidy(frame)))
     names = _names(entries) if len(entries) <= CROWDED else [entry[1].partition(",")[0] for entry in entries]  # without conditions

@@ -120,6 +120,7 @@ _PLAIN = [
         "P(parent's component off | child on) - P(off | parent on, no child), mean over detected parents",
         "METRICS 11",
         "an honest detector gives 0, one that is off beside children 1",
+        "junk that detects few parents and misses them at random (experiment 015): read it beside undetected",
     ),
     _known("undetected", "Undetected parents", "lower", "share of parents that no component detects with an F1 of 0.4", "METRICS 11"),
     _known(
