@@ -190,6 +190,7 @@ def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume
     trackers = [Tracker(c.run.path, c.run.id, c.resolved.config.model_dump(mode="json"), config.wandb) for c in claims]
     jobs = [Job(claim.decomposer, claim.run.path, tracker) for claim, tracker in zip(claims, trackers, strict=True)]  # type: ignore[arg-type]
     try:
+        tell({"phase": "prepare"})
         outcomes = train(jobs, source, config, lambda event: tell({"phase": "train", **event}), resume)
     except Exception as error:
         _separately(claims, error, lambda claim: _train([claim], target, source, tell, resume))

@@ -61,7 +61,8 @@ def duration(seconds: float | None) -> str:
 def describe(event: dict[str, Any]) -> str:
     """One progress event in one line."""
     phase = str(event.get("phase", "waiting"))
-    parts = [{"load": "loading the target and its data", "evaluate": "evaluating", "train": "training"}.get(phase, phase)]
+    said = {"load": "loading the target and its data", "prepare": "preparing to train", "train": "training", "evaluate": "evaluating"}
+    parts = [said.get(phase, phase)]
     if phase == "measure":
         return f"measuring {event.get('what', '')}  {100 * event.get('step', 0) // max(1, event.get('steps', 1))}%"
     if event.get("steps"):
