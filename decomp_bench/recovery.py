@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decomp_bench import matching
+from decomp_bench.conditions import upstream
 from decomp_bench.decomposer import Batch, Decomposer, Site, Slot
 from decomp_bench.metrics.recovery import METRICS, SUMMED
 from decomp_bench.replacement import clean_codes, clean_points, replaced
@@ -75,7 +76,7 @@ def _measures(decomposer: Decomposer, truth: Truth, fired: Mapping[str, Tensor])
         rows = _drawn(decomposer)
         for name, codes in codes_of(decomposer, rows).items():
             yield name, _absorption(codes.active, rows > 0, truth.parent)
-    if truth.hop is not None and truth.hop.layer in decomposer.layers:
+    if truth.hop is not None and truth.hop.layer in decomposer.layers and upstream(decomposer):  # patched, gates are of that stream
         yield "all", _hop(decomposer, truth.hop)
 
 

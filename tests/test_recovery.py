@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from decomp_bench import data, targets
-from decomp_bench.config import DataConfig, EvalConfig, MethodConfig
+from decomp_bench import data, registry, targets
+from decomp_bench.config import DataConfig, EvalConfig, MethodConfig, parse
 from decomp_bench.decomposer import Decomposer, Site, SiteCodes, Slot
 from decomp_bench.evaluate import evaluate
 from decomp_bench.metrics import metric_catalogue
@@ -261,3 +261,12 @@ def test_a_decomposer_of_the_seed_of_a_toy_does_not_draw_the_toy_again(apart):
         target.apart = 0
     nearest = (Drawing(MethodConfig(), target, (0,), seed=3).first @ features.T).abs().max(1).values
     assert (nearest > 0.99).all() != apart
+
+
+def test_gates_that_only_the_clean_pass_has_are_not_asked_how_they_answer_a_patch(two_hop):
+    kind = registry.method("apd")
+    made = kind(parse(kind.Config, {"components": 6, "rank": 2, "k": 1.0}, "apd"), two_hop, (0, 1), 0).eval()
+    (found,) = evaluate([made], data.source(two_hop, DataConfig()), CONFIG.model_copy(update={"gates": ("clean",)}))
+    rows = {row["metric"]: row for row in found.rows if row["layer"] == "all" and row["site"] == "all"}
+    assert rows["matched_cosine"]["applicable"] == "yes"
+    assert (rows["hop_r2"]["applicable"], math.isnan(rows["hop_r2"]["value"])) == ("no", True)
