@@ -267,6 +267,6 @@ def test_gates_that_only_the_clean_pass_has_are_not_asked_how_they_answer_a_patc
     kind = registry.method("apd")
     made = kind(parse(kind.Config, {"components": 6, "rank": 2, "k": 1.0}, "apd"), two_hop, (0, 1), 0).eval()
     (found,) = evaluate([made], data.source(two_hop, DataConfig()), CONFIG.model_copy(update={"gates": ("clean",)}))
-    rows = {row["metric"]: row for row in found.rows if row["layer"] == "all" and row["site"] == "all"}
+    rows = {row["metric"]: row for row in found.rows if (row["layer"], row["site"], row["gates"]) == ("all", "all", "clean")}
     assert rows["matched_cosine"]["applicable"] == "yes"
     assert (rows["hop_r2"]["applicable"], math.isnan(rows["hop_r2"]["value"])) == ("no", True)
