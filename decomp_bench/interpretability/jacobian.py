@@ -75,11 +75,15 @@ def sums(decomposer: Decomposer, source: Source, config: JacobianConfig, tick: C
     target, layers = decomposer.target, layers_of(decomposer)
     places = list(_places_of_text(source, config) if target.is_lm else _places_of_toy(source, config))
     found = {layer: np.zeros((1 + max(int(one.document.max()) for one in places), len(QUANTITIES))) for layer in layers}
+    bases: dict[tuple[int, ...], list[Tensor]] = {}
     for one in places:
         clean = with_clean(source, one.batch, clean_points(decomposer), logits=False)
         for layer in layers:
-            generator = torch.Generator().manual_seed(config.seed)
-            probes, turn = (_orthonormal(clean.clean[f"{layer}.mlp.{end}"].shape[-1], generator).to(target.device) for end in ("out", "in"))
+            sizes = tuple(clean.clean[f"{layer}.mlp.{end}"].shape[-1] for end in ("out", "in"))
+            if sizes not in bases:
+                generator = torch.Generator().manual_seed(config.seed)
+                bases[sizes] = [_orthonormal(size, generator).to(target.device) for size in sizes]
+            probes, turn = bases[sizes]
             pair = jacobians(decomposer, clean, layer, one.at, probes[: config.probes])
             np.add.at(found[layer], one.document, _quantities(*pair, turn, one.together))
             tick()
