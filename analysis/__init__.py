@@ -11,7 +11,7 @@ from .noise import noise_markdown, seed_noise
 from .pareto import pareto, paretos
 from .points import PROTOCOLS, Points, View, points, told_apart
 from .style import Style, styles
-from .summary import Comparison, Crossing, Violation, crossings, floor_check, monotone_check, table
+from .summary import Comparison, Crossing, Matched, Violation, crossings, floor_check, matched, monotone_check, table
 from .toys import toy_figures
 from .typeset import latex, markdown
 
@@ -23,6 +23,7 @@ __all__ = [
     "Comparison",
     "Crossing",
     "Drawing",
+    "Matched",
     "Measure",
     "Points",
     "Style",
@@ -35,6 +36,7 @@ __all__ = [
     "grid_table",
     "latex",
     "markdown",
+    "matched",
     "measured_figures",
     "measured_note",
     "measured_table",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .curves import Curve, Overlap, curve, mean, overlap, roots, share_below_zero
+from .curves import Curve, Overlap, at, curve, mean, overlap, roots, share_below_zero
 from .intervals import describe, over_seeds, together
 from .points import View, curves, points, rows, told_apart
 
+NAMED = ["family", "kind", "protocol", "gates"]
 TABLE = ["family", "variant", "kind", "trainable", "curve", "protocol", "gates", "metric", "base"]
 
 
@@ -65,6 +66,21 @@ class Crossing(NamedTuple):
     gates: str
     at: tuple[float, ...]
     clear: bool
+
+
+class Matched(NamedTuple):
+    """What a family's curve is at one x, with its interval over seeds; `beyond` counts seeds whose curve does not reach that far."""
+
+    family: str
+    kind: str
+    protocol: str
+    gates: str
+    mean: float
+    lo: float
+    hi: float
+    seeds: int
+    beyond: int
+    converged: str
 
 
 class Line(NamedTuple):
@@ -145,6 +161,30 @@ def floor_check(frame: pd.DataFrame, controls: Iterable[str] = (), view: View | 
             values = names | _verdict(shared) | {"converged": together(line.points["converged"])}
             found.append(Comparison._make(values[field] for field in Comparison._fields))
     return sorted(found, key=lambda one: (one.role, one.against, one.kind, one.family, one.protocol, one.gates))
+
+
+def matched(frame: pd.DataFrame, x: float, view: View | None = None) -> list[Matched]:
+    """
+    Every curve of trained variants or of a floor at one x: y is interpolated linearly in log x, seed by seed, and never extrapolated.
+    Intervals are those of `table`. A family that does not reach x with any seed has NaN and no seeds. Raises ValueError with one line.
+    """
+    read = [{"seed": seed, **one} for seed, own in frame.groupby("seed") for one in _readings(own, x, view or View())]
+    data = pd.DataFrame(read, columns=["seed", *NAMED, "y", "lo", "hi", "converged"])
+    estimate = over_seeds(data.dropna(subset="y"), NAMED, "y", "lo", "hi")
+    groups = data.groupby(NAMED)
+    found = pd.DataFrame({"beyond": groups["y"].agg(lambda y: int(y.isna().sum())), "converged": groups["converged"].agg(together)})
+    found = found.join(estimate).fillna({"seeds": 0}).astype({"seeds": int}).reset_index()
+    return [Matched._make(row) for row in found[list(Matched._fields)].itertuples(index=False)]
+
+
+def _readings(frame: pd.DataFrame, x: float, view: View) -> Iterator[dict[str, Any]]:
+    """Every curve of one seed at x, NaN beyond its ends."""
+    place = np.array([np.log(x)])
+    for line in _curves(frame, view):
+        within = line.curve.log_x[0] <= place[0] <= line.curve.log_x[-1]
+        found = [float(value[0]) for value in at(line.curve, place)[1:]] if within else [np.nan] * 3
+        names = {name: line.name[name] for name in NAMED}
+        yield names | dict(zip(("y", "lo", "hi"), found, strict=True)) | {"converged": together(line.points["converged"])}
 
 
 def monotone_check(frame: pd.DataFrame, view: View | None = None) -> list[Violation]:

@@ -16,7 +16,7 @@ def estimate(config: RunConfig) -> float:
     scored = min(config.eval.tokens, 250_000) / 9000  # seconds of one pass
     if not kind.trainable or own.steps == 0:
         return 10.0 + 40 * scored  # its whole curve is an inference-time sweep
-    rows, passes = own.steps * own.batch, 11 if config.eval.sweep else 6
+    rows, passes = own.steps * own.batch, len(config.eval.protocols) * len(config.eval.gates) + 5 * config.eval.sweep
     if config.target.startswith("toy:"):  # one of several seeds that are trained together
         return 10.0 + rows / 100_000
     if kind.trained_on(own) == "sequences":

@@ -31,7 +31,7 @@ def report(
 ) -> None:
     """Write a page of an experiment, of a run with its components, or of the whole suite: one HTML file each.
 
-    Without a name the tables of results/README.md are made again too.
+    Without a name the tables of results/README.md and of the experiments' README.md are made again first.
     """
     from decomp_bench.report.experiments import experiment_page, suite_page
 
@@ -40,10 +40,10 @@ def report(
         from decomp_bench.report.summary import update
 
         known, root = all_experiments(directory), experiments_folder(directory).parent
+        tables = update(root, known)  # first: the pages show them
         index, pages = suite_page(known, root)
-        for path in (*pages, index, update(root, known)):
-            if path is not None:
-                print(path)
+        for path in (*pages, index, *tables):
+            print(path)
         return
     for name in what:
         found = _experiment(name, directory)

@@ -1,10 +1,11 @@
-"""The tables of results/README.md, made again from the results: its prose is written by hand, its numbers are not.
+"""The tables of results/README.md and of experiments' pages, made again from the results: prose is written by hand, these numbers are not.
 
 A table stands between `<!-- table: NAME ARGUMENTS -->` and `<!-- end -->`; what is between is replaced. Imports no torch.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -28,27 +29,29 @@ CONDITIONS = (("cascading", "clean"), ("cascading", "self"), ("clean", "clean"),
 NOISE = ("l0_mlp", "active_params", "bits", "ce_delta", "ce_recovered_mean", "kl", "fvu", "alive")
 
 
-def update(root: Path, experiments: Sequence[Experiment]) -> Path | None:
-    """Make every table of ROOT/results/README.md again; None where there is no such file.
+def update(root: Path, experiments: Sequence[Experiment]) -> list[Path]:
+    """Make every table of ROOT/results/README.md and of the experiments' README.md again; the pages that have any.
 
     Raises UserError for a table that there is not, or whose results are missing.
     """
-    path = root / "results" / NAME
-    if not path.is_file():
-        return None
+    pages = [path for path in (root / "results" / NAME, *(one.path / NAME for one in experiments)) if path.is_file()]
+    texts = {path: text for path in pages if MARKED.search(text := path.read_text())}
+    made = {path: MARKED.sub(lambda match, path=path: _table(path, match, root, experiments), text) for path, text in texts.items()}
+    for path, text in made.items():
+        write_text(text, path)
+    return list(made)
 
-    def made(match: re.Match[str]) -> str:
-        name, *arguments = match["words"].split()
-        if name not in TABLES:
-            raise UserError(f"{path}: no table '{name}'; there are {', '.join(TABLES)}")
-        try:
-            text = TABLES[name](root, experiments, *arguments)
-        except (TypeError, ValueError, OSError, KeyError) as error:
-            raise UserError(f"{path}: table '{match['words']}': {error}") from None
-        return f"{match[1]}\n{text}\n\n{match[3]}"
 
-    write_text(MARKED.sub(made, path.read_text()), path)
-    return path
+def _table(path: Path, match: re.Match[str], root: Path, experiments: Sequence[Experiment]) -> str:
+    """A marked table of a page with its marks."""
+    name, *arguments = match["words"].split()
+    if name not in TABLES:
+        raise UserError(f"{path}: no table '{name}'; there are {', '.join(TABLES)}")
+    try:
+        text = TABLES[name](root, experiments, *arguments)
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path}: table '{match['words']}': {error}") from None
+    return f"{match[1]}\n{text}\n\n{match[3]}"
 
 
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
@@ -120,6 +123,29 @@ def floors_table(root: Path, experiments: Sequence[Experiment], folder: str, x: 
     return markdown(heads, lines, 4)
 
 
+def matched_table(root: Path, experiments: Sequence[Experiment], folder: str, x: str, value: str) -> str:
+    """Every family at one size, read off its curve seed by seed: cross-entropy under cascading by gates, and what a run's training took."""
+    from decomp_bench import analysis, results
+
+    frame = results.read(root / "results" / folder / "results.parquet")
+    runs = json.loads((root / "results" / folder / "manifest.json").read_text())["runs"]
+    told = analysis.told_apart(frame).drop_duplicates("run_id")
+    told = told.assign(seconds=[runs[name].get("cost", {}).get("train_cpu_s", math.nan) for name in told["run_id"]])
+    spent = told.groupby(["family", "kind"])["seconds"].mean()
+    found = analysis.matched(frame, float(value), analysis.View(x=x, protocols=("cascading",)))
+    cells = {(one.family, one.kind, one.gates): one for one in found}
+    lines = []
+    for family, kind in sorted({(one.family, one.kind) for one in found}):
+        own = [cells.get((family, kind, gates)) for gates in ("clean", "self")]
+        clean, itself = own
+        both = clean and itself and clean.seeds and itself.seeds
+        gap = f"{100 * (itself.mean / clean.mean - 1):.0f}%" if clean and itself and both else ""
+        seeds = ", ".join(sorted({str(one.seeds) for one in own if one}, reverse=True))
+        lines.append([family, kind, *(_estimate(one) if one and one.seeds else "" for one in own), gap, seeds, number(spent[family, kind])])
+    about = f"`{folder}`, read at {x} of {value}; empty where a curve does not reach it."
+    return f"{about}\n\n{markdown(('family', 'kind', 'CE, clean gates', 'CE, own gates', 'gap', 'seeds', 'CPU-s a run'), lines, 2)}"
+
+
 def noise_table(root: Path, experiments: Sequence[Experiment]) -> str:
     """The reseed noise of the metrics that are compared most, from every results folder that has several seeds of a config."""
     known = known_noise(root)
@@ -153,6 +179,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "experiments": experiments_table,
     "points": points_table,
     "floors": floors_table,
+    "matched": matched_table,
     "noise": noise_table,
     "file": file_table,
 }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic import line, point, realistic, row
 
 from decomp_bench import results
-from decomp_bench.analysis import View, crossings, floor_check, monotone_check, table
+from decomp_bench.analysis import View, crossings, floor_check, matched, monotone_check, table
 from decomp_bench.analysis.curves import Curve, mean, overlap, roots, share_below_zero
 from decomp_bench.analysis.intervals import t_quantile
 
@@ -49,6 +49,19 @@ def test_a_line_of_nan_only_stays_in_the_table():
     found = table(results.frame([row(value=float("nan"))]), view=CLEAN)
     assert math.isnan(found.iloc[0]["mean"])
     assert (found.iloc[0]["seeds"], found.iloc[0]["left_out"]) == (0, 1)
+
+
+def test_curves_are_read_at_one_size_seed_by_seed_and_never_beyond_their_ends():
+    seeds = [line("a", (100, 400), ys, seed=seed) for seed, ys in enumerate(((1.0, 0.0), (3.0, 2.0)))]
+    short = [line("b", xs, (1.0, 0.0), seed=seed) for seed, xs in enumerate(((100, 150), (100, 400)))]
+    found = {one.family: one for one in matched(frame(*seeds, *short), 200, CLEAN)}
+    half = 12.7062 / math.sqrt(2) * math.sqrt(2)
+    assert (found["a"].mean, found["a"].lo, found["a"].hi) == pytest.approx((1.5, 1.5 - half, 1.5 + half))
+    assert (found["a"].seeds, found["a"].beyond) == (2, 0)
+    assert (found["b"].mean, found["b"].seeds, found["b"].beyond) == (pytest.approx(0.5), 1, 1)
+    (alone,) = matched(frame(short[0]), 200, CLEAN)
+    assert math.isnan(alone.mean)
+    assert (alone.seeds, alone.beyond) == (0, 1)
 
 
 def test_a_family_wins_loses_or_crosses_against_floors_and_controls_of_its_kind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def save(project: Path, times: float = 1.0) -> None:
 def made(project: Path, words: str) -> str:
     path = project / "results" / "README.md"
     path.write_text(PROSE.format(words))
-    assert summary.update(project, experiment.all_experiments(project)) == path
+    assert summary.update(project, experiment.all_experiments(project)) == [path]
     text = path.read_text()
     summary.update(project, experiment.all_experiments(project))
     assert path.read_text() == text
@@ -101,16 +102,34 @@ def test_a_table_that_cannot_be_made_is_one_line_and_the_page_stays(project, wor
 
 
 def test_without_a_page_nothing_is_written(project):
-    assert summary.update(project, []) is None
+    assert summary.update(project, []) == []
     assert not (project / "results" / "README.md").exists()
 
 
-def test_every_table_of_the_projects_own_page_can_be_made(tmp_path):
-    """From what is committed; the page itself is left as it is."""
+def test_every_table_of_the_projects_own_pages_can_be_made(tmp_path):
+    """From what is committed; the pages themselves are left as they are."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     (tmp_path / "results").mkdir()
     for folder in (ROOT / "results").glob("0*"):
         (tmp_path / "results" / folder.name).symlink_to(folder)
     shutil.copy(ROOT / "results" / "README.md", tmp_path / "results" / "README.md")
-    path = summary.update(tmp_path, experiment.all_experiments(ROOT))
-    assert path is not None
-    assert path.read_text().count("<!-- table: ") == len(summary.MARKED.findall(path.read_text())) >= 5
+    pages = summary.update(tmp_path, experiment.all_experiments(tmp_path))
+    marks = {path.relative_to(tmp_path): path.read_text().count("<!-- table: ") for path in pages}
+    assert marks[Path("results/README.md")] >= 5
+    for path in pages:
+        assert len(summary.MARKED.findall(path.read_text())) == marks[path.relative_to(tmp_path)]
+
+
+def test_families_are_read_off_their_curves_at_one_size(project):
+    runs = {f"{family}{k}": {"cost": {"train_cpu_s": k}} for family in ("good", "floor", "seeing") for k in (4, 8)}
+    (project / "results" / "007_something" / "t" / "manifest.json").write_text(json.dumps({"runs": runs}))
+    text = made(project, "matched 007_something/t l0_mlp 4")
+    assert "| good | replacement | 0.250 ±0.025 | 0.250 ±0.025 | 0% | 1 | 6 |" in text
+    assert "| good | replacement |  |  |  | 0 | 6 |" in made(project, "matched 007_something/t l0_mlp 9")
+
+
+def test_tables_of_an_experiments_page_are_made_too(project):
+    page = project / "experiments" / "007_something" / "README.md"
+    page.write_text(page.read_text() + "\n<!-- table: points 007_something/t -->\n<!-- end -->\n")
+    assert summary.update(project, experiment.all_experiments(project)) == [page]
+    assert "| good | k=4 | 4 | 400 | 0.250 ±0.025 |" in page.read_text()
