@@ -17,7 +17,7 @@ ADVERSARY = (
 )  # fmt: skip
 ADDED = (
     "tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse",
-    "self_gated",
+    "self_gated", "self_masked",
 )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ class SPDConfig(MethodConfig):
     self_gated: NonNegativeFloat = 0.0
     """Weight of reconstruction with every map masked at once, where importances are those of the masked pass itself (gates=self), and
     not of the clean one."""
+    self_masked: NonNegativeFloat = 0.0
+    """The same where those importances are the masks, without the remainder: what an evaluation with gates=self does."""
     hidden: NonNegativeFloat = 0.0
     """Weight of the mean squared error of what the maps read when every map is masked at random."""
     schatten: NonNegativeFloat = 0.0
@@ -138,8 +140,9 @@ class SPDConfig(MethodConfig):
             raise ValueError("accumulate: persistent sources climb the gradient of a whole batch; set accumulate=1, or adversary=fresh")
         if self.adversary == "persistent" and self.adversary_routing == "layerwise":
             raise ValueError("adversary_routing: one map at a time has no sources to keep; set adversary=fresh, or all or subset")
-        if self.self_gated and self.gate in GLOBAL:
-            raise ValueError(f"self_gated: gates of gate={self.gate} need the clean pass; set self_gated=0, or gate=shared")
+        if (self.self_gated or self.self_masked) and self.gate in GLOBAL:
+            name = "self_gated" if self.self_gated else "self_masked"
+            raise ValueError(f"{name}: gates of gate={self.gate} need the clean pass; set {name}=0, or gate=shared")
         if self.adversary == "persistent" and self.adversarial and self.collapse:
             raise ValueError("collapse: persistent sources belong to the rows of a whole batch; set collapse=false, or adversary=fresh")
         return self

@@ -6,6 +6,7 @@
 | `ci_masked`, `ci_layerwise`, `ci_subset` | g, without the remainder | all, one at a time, a random subset |
 | `unmasked` | one, without the remainder | all |
 | `self_gated` | as `stochastic`, with g of the masked pass itself | all |
+| `self_masked` | as `ci_masked`, with g of the masked pass itself | all |
 
 Every map that is not masked is the target's own.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Lower = dict[Point, Tensor]
 Mask = Callable[["SPD", Tensor, Rows, "Tensor | None"], SiteCodes]
 """Codes of one site from its lower importances, at the chosen rows (None: all)."""
+OwnMask = Callable[["SPD", Tensor, Tensor], SiteCodes]
+"""Codes of one site from its strengths and logits in the pass itself."""
 
 
 def at_random(spd: SPD, g: Float[Tensor, "rows C"], rows: Rows, chosen: Tensor | None) -> SiteCodes:
@@ -80,22 +83,31 @@ def some_at_once(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -
     return torch.stack(draws).mean()
 
 
-def under_own_gates(spd: SPD, batch: Batch, rows: Rows) -> Float[Tensor, ""]:
-    """The error with every map masked at random by importances of the masked pass itself, mean over draws."""
+def under_own_gates(spd: SPD, batch: Batch, rows: Rows, mask: OwnMask) -> Float[Tensor, ""]:
+    """The error with every map masked by importances of the masked pass itself, mean over draws."""
     draws = []
-    for _ in range(spd.config.samples):
-        with spd.masking_itself():
+    for _ in range(spd.config.samples if mask is drawn else 1):
+        with spd.masking_itself(mask):
             draws.append(divergence(spd, batch, rows, None, spd.layers))
     return torch.stack(draws).mean()
 
 
 def drawn(spd: SPD, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
     """Codes of one site with stochastic masks from its logits, at every position."""
-    flat = z.flatten(0, -2)
-    unpaid = flat.new_zeros(len(flat))  # minimality is that of the clean pass
-    g = importances(flat, unpaid, 1.0, Penalty("smooth_l0", 1.0), spd.config.sigmoid == "straight_through")[0]
-    mask = interpolate(g, spd.uniforms.draw(*flat.shape, device=flat.device)).view(z.shape)
+    g = _lower(spd, z)
+    mask = interpolate(g, spd.uniforms.draw(*g.shape, device=g.device)).view(z.shape)
     return SiteCodes(strength, mask, spd.uniforms.draw(*z.shape[:-1], device=z.device) if spd.config.delta else None)
+
+
+def undrawn(spd: SPD, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
+    """Codes of one site with the importances of its logits as masks, at every position."""
+    return SiteCodes(strength, _lower(spd, z).view(z.shape))
+
+
+def _lower(spd: SPD, z: Float[Tensor, "*rows C"]) -> Float[Tensor, "all_rows C"]:
+    """Importances that are not paid for: minimality is that of the clean pass."""
+    flat = z.flatten(0, -2)
+    return importances(flat, flat.new_zeros(len(flat)), 1.0, Penalty("smooth_l0", 1.0), spd.config.sigmoid == "straight_through")[0]
 
 
 def _draws(spd: SPD, mask: Mask) -> int:
@@ -109,14 +121,14 @@ GIVEN = {
     "ci_subset": (some_at_once, importance),
     "unmasked": (all_at_once, everything),
 }
+OWN = {"self_gated": drawn, "self_masked": undrawn}
 
 
 def reconstructions(spd: SPD, batch: Batch, rows: Rows, lower: Lower) -> dict[str, Tensor]:
     """Every term that has a weight, unweighted: the stochastic ones first."""
     chosen = {name: (error, at_random) for name, error in STOCHASTIC.items()} | GIVEN
     found = {name: error(spd, batch, rows, lower, mask) for name, (error, mask) in chosen.items() if getattr(spd.config, name)}
-    if spd.config.self_gated:
-        found["self_gated"] = under_own_gates(spd, batch, rows)
+    found |= {name: under_own_gates(spd, batch, rows, mask) for name, mask in OWN.items() if getattr(spd.config, name)}
     if spd.config.hidden:
         draws = [reading_error(spd, batch, rows, _codes(spd, at_random, rows, lower), spd.layers) for _ in range(spd.config.samples)]
         found["hidden"] = torch.stack(draws).mean()

@@ -33,8 +33,9 @@ NUMBERS = 1 << 22
 
 def fits(config: SPDConfig) -> bool:
     """Whether a config asks for nothing but what is computed here."""
-    others = (config.subset, config.ci_masked, config.ci_layerwise, config.ci_subset, config.unmasked, config.self_gated, config.hidden)
-    return config.gate == "scalar" and not config.adversarial and config.samples == 1 and not config.schatten and not any(others)
+    masked = (config.subset, config.ci_masked, config.ci_layerwise, config.ci_subset, config.unmasked, config.self_gated, config.self_masked)
+    others = (*masked, config.hidden, config.schatten, config.adversarial)
+    return config.gate == "scalar" and config.samples == 1 and not any(others)
 
 
 def together(spd: SPD) -> int:

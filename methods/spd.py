@@ -38,7 +38,7 @@ from ._importance import Penalty, annealed, importances, schatten
 from ._masks import Uniforms
 from ._reconstruction import Rows, collapsed, rows_of
 from ._spd_config import SPDConfig
-from ._spd_losses import STOCHASTIC, drawn, reconstructions
+from ._spd_losses import STOCHASTIC, OwnMask, reconstructions
 from ._spd_stack import StackedSPD, fits, together
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class SPD(Decomposer):
         self._tie()
         self.adversary = Adversary(self)
         self._statistics: dict[str, Tensor] = {}
-        self._masks_itself = False
+        self._own_mask: OwnMask | None = None
 
     def _tie(self) -> None:
         if self.config.tied:
@@ -167,18 +167,18 @@ class SPD(Decomposer):
         sites = [site for site in sites if all(point in inputs for point in site.gates_from)]
         strength = {site.name: strengths(inputs[site.name], parts[site.name].V) for site in sites}
         logits = self.logits(inputs, strength)
-        if self._masks_itself:
-            return {name: drawn(self, value, logits[name]) for name, value in strength.items()}
+        if self._own_mask is not None:
+            return {name: self._own_mask(self, value, logits[name]) for name, value in strength.items()}
         return {name: SiteCodes(value, self._gate(logits[name]), self._delta(value)) for name, value in strength.items()}
 
     @contextmanager
-    def masking_itself(self) -> Iterator[None]:
-        """While it lasts, gates that a pass computes itself are the random masks of training."""
-        self._masks_itself = True
+    def masking_itself(self, mask: OwnMask) -> Iterator[None]:
+        """While it lasts, gates that a pass computes itself are masks of training."""
+        self._own_mask = mask
         try:
             yield
         finally:
-            self._masks_itself = False
+            self._own_mask = None
 
     def _gate(self, logits: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
         """The mask of an evaluation: importances above a threshold (0 by default) or the k largest, as one or as they are."""

@@ -15,6 +15,7 @@ from decomp_bench.data.streams import SequenceStream, with_clean
 from decomp_bench.errors import UserError
 from decomp_bench.methods._masks import Uniforms
 from decomp_bench.methods._reconstruction import collapsed
+from decomp_bench.methods._spd_losses import drawn, undrawn
 from decomp_bench.methods.spd import SPD, SPDConfig
 from decomp_bench.replacement import clean_codes, clean_points, clean_rows
 from tests.targets.test_toys import recorded
@@ -249,41 +250,45 @@ def pinned(monkeypatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("delta", [True, False])
-def test_where_nothing_before_is_masked_own_gates_are_those_of_the_clean_pass(gated_lm, monkeypatch, delta):
+@pytest.mark.parametrize(("clean", "own"), [("stochastic", "self_gated"), ("ci_masked", "self_masked")])
+def test_where_nothing_before_is_masked_own_gates_are_those_of_the_clean_pass(gated_lm, monkeypatch, delta, clean, own):
     target, source = gated_lm
-    config = SPDConfig(components={"0.mlp.up": 12}, init="random", delta=delta, stochastic=1.0, self_gated=1.0, subset=0.0)
+    weights: dict = {clean: 1.0, own: 1.0}
+    config = SPDConfig(components={"0.mlp.up": 12}, init="random", delta=delta, subset=0.0, **weights)
     spd = SPD(config, target, (0,), 0)
     batch = whole_rows(spd, source)
     pinned(monkeypatch)
     gradients = []
-    for name in ("stochastic", "self_gated"):
+    for name in (clean, own):
         spd.zero_grad()
         spd.loss(batch, 0.0)[name].backward()
         gradients.append({key: p.grad.clone() for key, p in spd.named_parameters() if p.grad is not None})
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-7)
     terms = spd.loss(batch, 0.0)
-    torch.testing.assert_close(terms["self_gated"], terms["stochastic"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(terms[own], terms[clean], rtol=1e-5, atol=1e-7)
 
 
-def test_own_gates_read_the_masked_stream(gated_lm, monkeypatch):
+@pytest.mark.parametrize("own", [drawn, undrawn])
+def test_own_gates_read_the_masked_stream(gated_lm, monkeypatch, own):
     target, source = gated_lm
     spd = small(target, self_gated=1.0, subset=0.0)
     batch = whole_rows(spd, source)
     fixed = pinned(monkeypatch)
-    with spd.masking_itself():
+    with spd.masking_itself(own):
         run = spd.replaced(batch)
     strength = {name: codes.strength for name, codes in run.codes.items()}
     logits = spd.logits(run.inputs, strength)
     clean = spd.logits({point: clean_rows(spd, batch.clean[point]) for point in run.inputs}, strength)
     for name, codes in run.codes.items():
         g = logits[name].clamp(0, 1)
-        mask = g + (1 - g) * fixed[: g.numel()].view(g.shape)
+        mask = g + (1 - g) * fixed[: g.numel()].view(g.shape) if own is drawn else g
         torch.testing.assert_close(codes.gate, mask)
         assert torch.allclose(logits[name], clean[name]) == name.startswith("0.")
     assert float(spd.replaced(batch).codes["0.mlp.up"].gate.unique().numel()) <= 2, "afterwards gates are those of an evaluation"
 
 
-def test_own_gates_are_refused_where_gates_need_the_whole_clean_pass():
-    with pytest.raises(UserError, match="self_gated: gates of gate=global_shared_transformer need the clean pass"):
-        parse(SPDConfig, {"gate": "global_shared_transformer", "self_gated": 1.0}, "spd")
+@pytest.mark.parametrize("own", ["self_gated", "self_masked"])
+def test_own_gates_are_refused_where_gates_need_the_whole_clean_pass(own):
+    with pytest.raises(UserError, match=f"{own}: gates of gate=global_shared_transformer need the clean pass"):
+        parse(SPDConfig, {"gate": "global_shared_transformer", own: 1.0}, "spd")
