@@ -33,8 +33,8 @@ NUMBERS = 1 << 22
 
 def fits(config: SPDConfig) -> bool:
     """Whether a config asks for nothing but what is computed here."""
-    masked = (config.subset, config.ci_masked, config.ci_layerwise, config.ci_subset, config.unmasked, config.self_gated, config.self_masked)
-    others = (*masked, config.hidden, config.schatten, config.adversarial)
+    given = (config.subset, config.ci_masked, config.ci_layerwise, config.ci_subset, config.unmasked)
+    others = (*given, config.self_gated, config.self_masked, config.hidden, config.schatten, config.adversarial)
     return config.gate == "scalar" and config.samples == 1 and not any(others)
 
 
