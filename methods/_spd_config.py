@@ -17,7 +17,7 @@ ADVERSARY = (
 )  # fmt: skip
 ADDED = (
     "tied", "ci_masked", "ci_layerwise", "ci_subset", "unmasked", "hidden", "schatten", "adversary_routing", "adversary_init", "collapse",
-    "self_gated", "self_masked",
+    "self_gated", "self_masked", "self_importance",
 )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ class SPDConfig(MethodConfig):
     not of the clean one."""
     self_masked: NonNegativeFloat = 0.0
     """The same where those importances are the masks, without the remainder: what an evaluation with gates=self does."""
+    self_importance: NonNegativeFloat = 0.0
+    """Weight of importance minimality of those importances, as a multiple of `importance`: what is not paid for there opens too often."""
     hidden: NonNegativeFloat = 0.0
     """Weight of the mean squared error of what the maps read when every map is masked at random."""
     schatten: NonNegativeFloat = 0.0
@@ -143,6 +145,8 @@ class SPDConfig(MethodConfig):
         if (self.self_gated or self.self_masked) and self.gate in GLOBAL:
             name = "self_gated" if self.self_gated else "self_masked"
             raise ValueError(f"{name}: gates of gate={self.gate} need the clean pass; set {name}=0, or gate=shared")
+        if self.self_importance and not (self.self_gated or self.self_masked):
+            raise ValueError("self_importance: no term has gates of its own; set self_gated or self_masked, or self_importance=0")
         if self.adversary == "persistent" and self.adversarial and self.collapse:
             raise ValueError("collapse: persistent sources belong to the rows of a whole batch; set collapse=false, or adversary=fresh")
         return self

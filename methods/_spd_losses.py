@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 Lower = dict[Point, Tensor]
 Mask = Callable[["SPD", Tensor, Rows, "Tensor | None"], SiteCodes]
 """Codes of one site from its lower importances, at the chosen rows (None: all)."""
-OwnMask = Callable[["SPD", Tensor, Tensor], SiteCodes]
-"""Codes of one site from its strengths and logits in the pass itself."""
 
 
 def at_random(spd: SPD, g: Float[Tensor, "rows C"], rows: Rows, chosen: Tensor | None) -> SiteCodes:
@@ -83,31 +81,34 @@ def some_at_once(spd: SPD, batch: Batch, rows: Rows, lower: Lower, mask: Mask) -
     return torch.stack(draws).mean()
 
 
-def under_own_gates(spd: SPD, batch: Batch, rows: Rows, mask: OwnMask) -> Float[Tensor, ""]:
-    """The error with every map masked by importances of the masked pass itself, mean over draws."""
-    draws = []
-    for _ in range(spd.config.samples if mask is drawn else 1):
-        with spd.masking_itself(mask):
-            draws.append(divergence(spd, batch, rows, None, spd.layers))
-    return torch.stack(draws).mean()
+class OwnMasks:
+    """Masks of every position from the logits of the masked pass itself: at random, or the importances; `cost` is their minimality."""
+
+    def __init__(self, spd: SPD, rows: Rows, penalty: Penalty, random: bool) -> None:
+        self.spd, self.rows, self.penalty, self.random = spd, rows, penalty, random
+        self.cost = rows.weight.new_zeros(())
+
+    def __call__(self, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
+        """Codes of one site."""
+        flat, rows, config, uniforms = z.flatten(0, -2), self.rows, self.spd.config, self.spd.uniforms
+        weight = rows.weight if rows.index is None else flat.new_zeros(len(flat)).index_copy(0, rows.index, rows.weight)
+        mask, cost, _ = importances(flat, weight, rows.count, self.penalty, config.sigmoid == "straight_through")
+        self.cost = self.cost + cost
+        if not self.random:
+            return SiteCodes(strength, mask.view(z.shape))
+        mask = interpolate(mask, uniforms.draw(*flat.shape, device=flat.device))
+        return SiteCodes(strength, mask.view(z.shape), uniforms.draw(*z.shape[:-1], device=z.device) if config.delta else None)
 
 
-def drawn(spd: SPD, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
-    """Codes of one site with stochastic masks from its logits, at every position."""
-    g = _lower(spd, z)
-    mask = interpolate(g, spd.uniforms.draw(*g.shape, device=g.device)).view(z.shape)
-    return SiteCodes(strength, mask, spd.uniforms.draw(*z.shape[:-1], device=z.device) if spd.config.delta else None)
-
-
-def undrawn(spd: SPD, strength: Float[Tensor, "*rows C"], z: Float[Tensor, "*rows C"]) -> SiteCodes:
-    """Codes of one site with the importances of its logits as masks, at every position."""
-    return SiteCodes(strength, _lower(spd, z).view(z.shape))
-
-
-def _lower(spd: SPD, z: Float[Tensor, "*rows C"]) -> Float[Tensor, "all_rows C"]:
-    """Importances that are not paid for: minimality is that of the clean pass."""
-    flat = z.flatten(0, -2)
-    return importances(flat, flat.new_zeros(len(flat)), 1.0, Penalty("smooth_l0", 1.0), spd.config.sigmoid == "straight_through")[0]
+def under_own_gates(spd: SPD, batch: Batch, rows: Rows, penalty: Penalty, random: bool) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The error with every map masked by importances of the masked pass itself, and what these cost; means over draws."""
+    errors, costs = [], []
+    for _ in range(spd.config.samples if random else 1):
+        masks = OwnMasks(spd, rows, penalty, random)
+        with spd.masking_itself(masks):
+            errors.append(divergence(spd, batch, rows, None, spd.layers))
+        costs.append(masks.cost)
+    return torch.stack(errors).mean(), torch.stack(costs).mean()
 
 
 def _draws(spd: SPD, mask: Mask) -> int:
@@ -121,14 +122,18 @@ GIVEN = {
     "ci_subset": (some_at_once, importance),
     "unmasked": (all_at_once, everything),
 }
-OWN = {"self_gated": drawn, "self_masked": undrawn}
+OWN = {"self_gated": True, "self_masked": False}
+"""Whether masks are random."""
 
 
-def reconstructions(spd: SPD, batch: Batch, rows: Rows, lower: Lower) -> dict[str, Tensor]:
-    """Every term that has a weight, unweighted: the stochastic ones first."""
+def reconstructions(spd: SPD, batch: Batch, rows: Rows, lower: Lower, penalty: Penalty) -> dict[str, Tensor]:
+    """Every term that has a weight, unweighted: the stochastic ones first. With them, the minimality of own gates."""
     chosen = {name: (error, at_random) for name, error in STOCHASTIC.items()} | GIVEN
     found = {name: error(spd, batch, rows, lower, mask) for name, (error, mask) in chosen.items() if getattr(spd.config, name)}
-    found |= {name: under_own_gates(spd, batch, rows, mask) for name, mask in OWN.items() if getattr(spd.config, name)}
+    own = {name: under_own_gates(spd, batch, rows, penalty, random) for name, random in OWN.items() if getattr(spd.config, name)}
+    found |= {name: error for name, (error, _) in own.items()}
+    if own and spd.config.self_importance:
+        found["self_importance"] = spd.config.importance * torch.stack([cost for _, cost in own.values()]).mean()
     if spd.config.hidden:
         draws = [reading_error(spd, batch, rows, _codes(spd, at_random, rows, lower), spd.layers) for _ in range(spd.config.samples)]
         found["hidden"] = torch.stack(draws).mean()

@@ -38,7 +38,7 @@ from ._importance import Penalty, annealed, importances, schatten
 from ._masks import Uniforms
 from ._reconstruction import Rows, collapsed, rows_of
 from ._spd_config import SPDConfig
-from ._spd_losses import STOCHASTIC, OwnMask, reconstructions
+from ._spd_losses import STOCHASTIC, OwnMasks, reconstructions
 from ._spd_stack import StackedSPD, fits, together
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class SPD(Decomposer):
         self._tie()
         self.adversary = Adversary(self)
         self._statistics: dict[str, Tensor] = {}
-        self._own_mask: OwnMask | None = None
+        self._own_masks: OwnMasks | None = None
 
     def _tie(self) -> None:
         if self.config.tied:
@@ -167,18 +167,18 @@ class SPD(Decomposer):
         sites = [site for site in sites if all(point in inputs for point in site.gates_from)]
         strength = {site.name: strengths(inputs[site.name], parts[site.name].V) for site in sites}
         logits = self.logits(inputs, strength)
-        if self._own_mask is not None:
-            return {name: self._own_mask(self, value, logits[name]) for name, value in strength.items()}
+        if self._own_masks is not None:
+            return {name: self._own_masks(value, logits[name]) for name, value in strength.items()}
         return {name: SiteCodes(value, self._gate(logits[name]), self._delta(value)) for name, value in strength.items()}
 
     @contextmanager
-    def masking_itself(self, mask: OwnMask) -> Iterator[None]:
+    def masking_itself(self, masks: OwnMasks) -> Iterator[None]:
         """While it lasts, gates that a pass computes itself are masks of training."""
-        self._own_mask = mask
+        self._own_masks = masks
         try:
             yield
         finally:
-            self._own_mask = None
+            self._own_masks = None
 
     def _gate(self, logits: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
         """The mask of an evaluation: importances above a threshold (0 by default) or the k largest, as one or as they are."""
@@ -213,15 +213,17 @@ class SPD(Decomposer):
         terms = {"faithfulness": config.faithfulness * faith, "importance": config.importance * torch.stack(minimality).sum()}
         if config.schatten:
             terms["schatten"] = config.schatten * self._schatten(logits, rows, progress)
-        terms |= self._reconstructions(batch, rows, lower, progress)
+        terms |= self._reconstructions(batch, rows, lower, penalty, progress)
         silent = torch.cat([(value == 0).float() for value in frequency.values()]).mean()
         self._statistics |= {"l0": _l0(frequency) / len(self.layers), "dead": silent, "faith": faith.detach()}
         return terms
 
-    def _reconstructions(self, batch: Batch, rows: Rows, lower: dict[Point, Tensor], progress: float) -> dict[str, Tensor]:
+    def _reconstructions(
+        self, batch: Batch, rows: Rows, lower: dict[Point, Tensor], penalty: Penalty, progress: float
+    ) -> dict[str, Tensor]:
         """The weighted terms that compare masked passes with the target."""
         config, unit = self.config, "kl" if self.target.is_lm else "mse"
-        errors = reconstructions(self, batch, rows, lower)
+        errors = reconstructions(self, batch, rows, lower, penalty)
         for error in [errors[name] for name in STOCHASTIC if name in errors]:
             self._statistics[unit] = error.detach()
         if config.adversarial:

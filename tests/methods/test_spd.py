@@ -13,9 +13,10 @@ from decomp_bench import data
 from decomp_bench.config import DataConfig, parse
 from decomp_bench.data.streams import SequenceStream, with_clean
 from decomp_bench.errors import UserError
+from decomp_bench.methods._importance import Penalty
 from decomp_bench.methods._masks import Uniforms
-from decomp_bench.methods._reconstruction import collapsed
-from decomp_bench.methods._spd_losses import drawn, undrawn
+from decomp_bench.methods._reconstruction import collapsed, rows_of
+from decomp_bench.methods._spd_losses import OwnMasks
 from decomp_bench.methods.spd import SPD, SPDConfig
 from decomp_bench.replacement import clean_codes, clean_points, clean_rows
 from tests.targets.test_toys import recorded
@@ -253,7 +254,7 @@ def pinned(monkeypatch) -> torch.Tensor:
 @pytest.mark.parametrize(("clean", "own"), [("stochastic", "self_gated"), ("ci_masked", "self_masked")])
 def test_where_nothing_before_is_masked_own_gates_are_those_of_the_clean_pass(gated_lm, monkeypatch, delta, clean, own):
     target, source = gated_lm
-    weights: dict = {clean: 1.0, own: 1.0}
+    weights: dict = {clean: 1.0, own: 1.0, "self_importance": 2.0}
     config = SPDConfig(components={"0.mlp.up": 12}, init="random", delta=delta, subset=0.0, **weights)
     spd = SPD(config, target, (0,), 0)
     batch = whole_rows(spd, source)
@@ -267,22 +268,23 @@ def test_where_nothing_before_is_masked_own_gates_are_those_of_the_clean_pass(ga
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-7)
     terms = spd.loss(batch, 0.0)
     torch.testing.assert_close(terms[own], terms[clean], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(terms["self_importance"], 2 * terms["importance"], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("own", [drawn, undrawn])
-def test_own_gates_read_the_masked_stream(gated_lm, monkeypatch, own):
+@pytest.mark.parametrize("random", [True, False])
+def test_own_gates_read_the_masked_stream(gated_lm, monkeypatch, random):
     target, source = gated_lm
     spd = small(target, self_gated=1.0, subset=0.0)
     batch = whole_rows(spd, source)
     fixed = pinned(monkeypatch)
-    with spd.masking_itself(own):
+    with spd.masking_itself(OwnMasks(spd, rows_of(batch, target), Penalty("lp", 1.0), random)):
         run = spd.replaced(batch)
     strength = {name: codes.strength for name, codes in run.codes.items()}
     logits = spd.logits(run.inputs, strength)
     clean = spd.logits({point: clean_rows(spd, batch.clean[point]) for point in run.inputs}, strength)
     for name, codes in run.codes.items():
         g = logits[name].clamp(0, 1)
-        mask = g + (1 - g) * fixed[: g.numel()].view(g.shape) if own is drawn else g
+        mask = g + (1 - g) * fixed[: g.numel()].view(g.shape) if random else g
         torch.testing.assert_close(codes.gate, mask)
         assert torch.allclose(logits[name], clean[name]) == name.startswith("0.")
     assert float(spd.replaced(batch).codes["0.mlp.up"].gate.unique().numel()) <= 2, "afterwards gates are those of an evaluation"
@@ -292,3 +294,5 @@ def test_own_gates_read_the_masked_stream(gated_lm, monkeypatch, own):
 def test_own_gates_are_refused_where_gates_need_the_whole_clean_pass(own):
     with pytest.raises(UserError, match=f"{own}: gates of gate=global_shared_transformer need the clean pass"):
         parse(SPDConfig, {"gate": "global_shared_transformer", own: 1.0}, "spd")
+    with pytest.raises(UserError, match="self_importance: no term has gates of its own"):
+        parse(SPDConfig, {"self_importance": 1.0}, "spd")
