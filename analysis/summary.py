@@ -13,7 +13,7 @@ from .curves import Curve, Overlap, at, curve, mean, overlap, roots, share_below
 from .intervals import describe, over_seeds, together
 from .points import View, curves, points, rows, told_apart
 
-NAMED = ["family", "kind", "protocol", "gates"]
+NAMED = ["family", "origin", "kind", "protocol", "gates"]
 TABLE = ["family", "variant", "kind", "trainable", "curve", "protocol", "gates", "metric", "base"]
 
 
@@ -69,9 +69,13 @@ class Crossing(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """What a family's curve is at one x, with its interval over seeds; `beyond` counts seeds whose curve does not reach that far."""
+    """
+    What a curve is at one x, with its interval over seeds; `beyond` counts seeds whose curve does not reach that far. `origin` is the
+    trained variant that a sweep at inference time is of.
+    """
 
     family: str
+    origin: str
     kind: str
     protocol: str
     gates: str
@@ -163,12 +167,14 @@ def floor_check(frame: pd.DataFrame, controls: Iterable[str] = (), view: View | 
     return sorted(found, key=lambda one: (one.role, one.against, one.kind, one.family, one.protocol, one.gates))
 
 
-def matched(frame: pd.DataFrame, x: float, view: View | None = None) -> list[Matched]:
+def matched(frame: pd.DataFrame, x: float, view: View | None = None, sweeps: bool = False) -> list[Matched]:
     """
-    Every curve of trained variants or of a floor at one x: y is interpolated linearly in log x, seed by seed, and never extrapolated.
-    Intervals are those of `table`. A family that does not reach x with any seed has NaN and no seeds. Raises ValueError with one line.
+    Every curve of trained variants or of a floor, or with `sweeps` of one checkpoint at inference time, at one x: y is interpolated
+    linearly in log x, seed by seed, and never extrapolated. Intervals are those of `table`. A family that does not reach x with any seed
+    has NaN and no seeds. Raises ValueError with one line.
     """
-    read = [{"seed": seed, **one} for seed, own in frame.groupby("seed") for one in _readings(own, x, view or View())]
+    wanted = ("inference", "floor") if sweeps else ("trained", "floor")
+    read = [{"seed": seed, **one} for seed, own in frame.groupby("seed") for one in _readings(own, x, view or View(), wanted)]
     data = pd.DataFrame(read, columns=["seed", *NAMED, "y", "lo", "hi", "converged"])
     estimate = over_seeds(data.dropna(subset="y"), NAMED, "y", "lo", "hi")
     groups = data.groupby(NAMED)
@@ -177,10 +183,10 @@ def matched(frame: pd.DataFrame, x: float, view: View | None = None) -> list[Mat
     return [Matched._make(row) for row in found[list(Matched._fields)].itertuples(index=False)]
 
 
-def _readings(frame: pd.DataFrame, x: float, view: View) -> Iterator[dict[str, Any]]:
+def _readings(frame: pd.DataFrame, x: float, view: View, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Every curve of one seed at x, NaN beyond its ends."""
     place = np.array([np.log(x)])
-    for line in _curves(frame, view):
+    for line in _curves(frame, view, wanted):
         within = line.curve.log_x[0] <= place[0] <= line.curve.log_x[-1]
         found = [float(value[0]) for value in at(line.curve, place)[1:]] if within else [np.nan] * 3
         names = {name: line.name[name] for name in NAMED}

@@ -123,27 +123,36 @@ def floors_table(root: Path, experiments: Sequence[Experiment], folder: str, x: 
     return markdown(heads, lines, 4)
 
 
-def matched_table(root: Path, experiments: Sequence[Experiment], folder: str, x: str, value: str) -> str:
-    """Every family at one size, read off its curve seed by seed: cross-entropy under cascading by gates, and what a run's training took."""
+def matched_table(root: Path, experiments: Sequence[Experiment], folder: str, x: str, value: str, *sweeps: str) -> str:
+    """Every family at one size, read off its curve seed by seed: cross-entropy under cascading by gates, and what a run's training took.
+
+    With the word `sweeps`, off the curve of each checkpoint at inference time.
+    """
     from decomp_bench import analysis, results
 
     frame = results.read(root / "results" / folder / "results.parquet")
-    runs = json.loads((root / "results" / folder / "manifest.json").read_text())["runs"]
-    told = analysis.told_apart(frame).drop_duplicates("run_id")
-    told = told.assign(seconds=[runs[name].get("cost", {}).get("train_cpu_s", math.nan) for name in told["run_id"]])
-    spent = told.groupby(["family", "kind"])["seconds"].mean()
-    found = analysis.matched(frame, float(value), analysis.View(x=x, protocols=("cascading",)))
-    cells = {(one.family, one.kind, one.gates): one for one in found}
+    found = analysis.matched(frame, float(value), analysis.View(x=x, protocols=("cascading",)), bool(sweeps))
+    cells = {(one.family, one.origin, one.kind, one.gates): one for one in found}
+    seconds = _seconds(root / "results" / folder, analysis.told_apart(frame))
     lines = []
-    for family, kind in sorted({(one.family, one.kind) for one in found}):
-        own = [cells.get((family, kind, gates)) for gates in ("clean", "self")]
-        clean, itself = own
-        both = clean and itself and clean.seeds and itself.seeds
-        gap = f"{100 * (itself.mean / clean.mean - 1):.0f}%" if clean and itself and both else ""
+    for family, origin, kind in sorted({(one.family, one.origin, one.kind) for one in found}):
+        own = [cells.get((family, origin, kind, gates)) for gates in ("clean", "self")]
+        means = [one.mean for one in own if one and one.seeds]
+        gap = f"{100 * (means[1] / means[0] - 1):.0f}%" if len(means) == len(own) else ""
         seeds = ", ".join(sorted({str(one.seeds) for one in own if one}, reverse=True))
-        lines.append([family, kind, *(_estimate(one) if one and one.seeds else "" for one in own), gap, seeds, number(spent[family, kind])])
-    about = f"`{folder}`, read at {x} of {value}; empty where a curve does not reach it."
+        losses = [_estimate(one) if one and one.seeds else "" for one in own]
+        lines.append([f"{family} ({origin})" if origin else family, kind, *losses, gap, seeds, number(seconds[family, kind])])
+    read = "the curve of one checkpoint at inference time" if sweeps else "the curve of its trained settings"
+    about = f"`{folder}`: cross-entropy, cascading, at {x} of {value}, read off {read}; empty where that does not reach it."
     return f"{about}\n\n{markdown(('family', 'kind', 'CE, clean gates', 'CE, own gates', 'gap', 'seeds', 'CPU-s a run'), lines, 2)}"
+
+
+def _seconds(folder: Path, frame: pd.DataFrame) -> pd.Series:
+    """CPU seconds of training, mean over the runs of a family and kind."""
+    runs = json.loads((folder / "manifest.json").read_text())["runs"]
+    once = frame.drop_duplicates("run_id")
+    spent = once.assign(seconds=[runs[name].get("cost", {}).get("train_cpu_s", math.nan) for name in once["run_id"]])
+    return spent.groupby(["family", "kind"])["seconds"].mean()
 
 
 def noise_table(root: Path, experiments: Sequence[Experiment]) -> str:
