@@ -11,6 +11,7 @@ from . import robustness
 from .controls import control_figures, control_rows
 from .forest import forest
 from .measured import Measurements, conditions, read, summary
+from .points import variants_apart
 from .tails import tail_figures, tail_rows
 from .tracks import Axis, tracks
 
@@ -184,9 +185,9 @@ def measured_note(name: str) -> str:
 
 def measured_figures(name: str, frame: pd.DataFrame) -> dict[str, Figure]:
     """The figures of a measurement's rows, none for a measurement that has none; raises ValueError with one line."""
-    return DRAWN[name](frame) if name in DRAWN else {}
+    return DRAWN[name](variants_apart(frame)) if name in DRAWN else {}
 
 
 def measured_table(name: str, frame: pd.DataFrame) -> Sequence[Mapping[str, object]]:
     """A measurement's rows in brief, none for a measurement that has no table; raises ValueError with one line."""
-    return TABLED[name](frame) if name in TABLED else []
+    return TABLED[name](variants_apart(frame)) if name in TABLED else []

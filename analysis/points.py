@@ -68,6 +68,12 @@ def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(family=pd.Series(family, index=frame.index, dtype="string"), condition="")
 
 
+def variants_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its variant in the name of every family that has several: what would be a mean over settings is one line for each."""
+    several = frame.groupby(["family", "kind"])["variant"].transform("nunique") > 1
+    return frame.assign(family=frame["family"].where(~several, frame["family"] + ", " + frame["variant"]))
+
+
 def _keep(data: pd.DataFrame, column: str, wanted: tuple[str, ...], option: str) -> pd.DataFrame:
     """The rows with one of the wanted values; raises ValueError where one of them has no row at all."""
     present = sorted(data[column].unique())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -150,3 +151,9 @@ def test_the_figures_and_the_table(lm):
     table = measured_table("robustness", frame)
     assert len(table) == 3
     assert {"importance", "dropped", "adversary at 1", "adversary at 4", "weight error"} <= set(table[0])
+    sparser = frame[frame["method"] == "spd"].assign(variant="sparser", run_id="other", value=lambda own: 2 * own["value"])
+    both = {row["family"]: row for row in measured_table("robustness", pd.concat([frame, sparser], ignore_index=True))}
+    (known,) = [row for row in table if row["family"].startswith("spd")]
+    one, other = (both[f"{known['family']}, {variant}"] for variant in ("", "sparser"))
+    assert one["stochastic"] == known["stochastic"], "settings of one family are not averaged"
+    assert float(other["stochastic"]) == pytest.approx(2 * float(known["stochastic"]), rel=0.01)
