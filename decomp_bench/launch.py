@@ -171,7 +171,7 @@ def _publish(claims: list[Claim]) -> None:
 
 def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume: bool) -> None:
     """Train these runs together; where that raises, each alone, so that one run's error is its own."""
-    from decomp_bench.provenance import Stopwatch, peak_memory_mb
+    from decomp_bench.provenance import peak_memory_mb
     from decomp_bench.tracking import Tracker
     from decomp_bench.train import Job, train
 
@@ -186,7 +186,6 @@ def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume
             for name in ("state", "checkpoint", "checkpoint_two_thirds", "checkpoint_last_good"):
                 shutil.rmtree(claim.run.path / name, ignore_errors=True)
     config = claims[0].resolved.config.train
-    watch = Stopwatch()
     trackers = [Tracker(c.run.path, c.run.id, c.resolved.config.model_dump(mode="json"), config.wandb) for c in claims]
     jobs = [Job(claim.decomposer, claim.run.path, tracker) for claim, tracker in zip(claims, trackers, strict=True)]  # type: ignore[arg-type]
     try:
@@ -198,11 +197,8 @@ def _train(claims: list[Claim], target: Any, source: Any, tell: Progress, resume
     finally:
         for tracker in trackers:
             tracker.close()
-    spent, total = watch.read(), sum(outcome.seconds for outcome in outcomes) or 1.0
     for claim, outcome in zip(claims, outcomes, strict=True):
-        share = outcome.seconds / total
-        cpu = spent["cpu_s"] * share + (claim.run.manifest["cost"].get("train_cpu_s", 0.0) if resume else 0.0)
-        cost = {"train_wall_s": round(outcome.seconds, 2), "train_cpu_s": round(cpu, 2), "tokens": outcome.tokens}
+        cost = {"train_wall_s": round(outcome.seconds, 2), "train_cpu_s": round(outcome.cpu_seconds, 2), "tokens": outcome.tokens}
         cost |= {"flops": outcome.flops, "peak_memory_mb": peak_memory_mb(), "trained_together": len(claims), "threads": config.threads}
         cost |= _gpu_cost(target, outcome.seconds)
         claim.run.update(steps=outcome.steps, cost=cost, device=str(target.device))

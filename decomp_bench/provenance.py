@@ -10,8 +10,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -128,15 +126,3 @@ def artifact_hashes(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the named files, and of every file in the named folders, that exist under a folder."""
     files = [file for name in names for file in ([folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*")))]
     return {str(file.relative_to(folder)): file_hash(file) for file in files if file.is_file()}
-
-
-@dataclass
-class Stopwatch:
-    """Wall and CPU seconds since it was made."""
-
-    wall: float = field(default_factory=time.monotonic)
-    cpu: float = field(default_factory=time.process_time)
-
-    def read(self) -> dict[str, float]:
-        """Seconds so far."""
-        return {"wall_s": round(time.monotonic() - self.wall, 2), "cpu_s": round(time.process_time() - self.cpu, 2)}

@@ -91,17 +91,17 @@ class Stacked:
 
     def advance(self) -> None:
         """One step of every run that has not failed."""
-        began, step = time.perf_counter(), self.step
+        began, cpu, step = time.perf_counter(), time.process_time(), self.step
         active = [run for run in self.runs if run.unfinished]
         batch = active[0].streams.batch(active[0].decomposer, step)
         terms, statistics = self._optimise(batch, step)
-        seconds = (time.perf_counter() - began) / len(active)
+        shares = (time.perf_counter() - began) / len(active), (time.process_time() - cpu) / len(active)
         for place, run in enumerate(self.runs):
             if run.unfinished:
                 run.pending.append({name: values[place] for name, values in terms.items()})
                 run.statistics = {name: values[place] for name, values in statistics.items()}
                 run.flops_a_step = run.flops_a_step or active[0].flops_a_step
-                run.took_a_step(batch, seconds)
+                run.took_a_step(batch, *shares)
 
     def _optimise(self, batch: Batch, step: int) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, tuple[Tensor, ...]]]:
         """Move the weights; gives the terms and statistics of each run."""

@@ -41,11 +41,13 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What training came to: steps and rows or positions seen, its own seconds, FLOPs of its own products, and what went wrong."""
+    """What training came to: steps and rows or positions seen, seconds of its steps, CPU-seconds of those and of what precedes and follows
+    them, FLOPs of its own products, and what went wrong. A resumed run goes on from what its state had counted."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     flops: float = 0.0
     error: str | None = None
 
@@ -121,11 +123,13 @@ class Training:
 
     def start(self, resume: bool) -> None:
         """Resume from the saved state, or prepare the decomposer; a run without steps is finished and saved at once."""
-        if self.config.steps and not (resume and self._state_file().is_file()):
+        began, resume = time.process_time(), resume and self._state_file().is_file()
+        if self.config.steps and not resume:
             self.decomposer.before_training(iterate(self.streams.stream(self.decomposer)))
         self._make_optimiser()
-        if resume and self._state_file().is_file():
+        if resume:
             self._load_state()
+        self.outcome.cpu_seconds += time.process_time() - began
         if self.config.steps == 0:
             self._finish()
 
@@ -136,17 +140,18 @@ class Training:
 
     def advance(self) -> None:
         """One step."""
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         batch = self.streams.batch(self.decomposer, self.step)
         self._optimise(batch)
-        self.took_a_step(batch, time.perf_counter() - began)
+        self.took_a_step(batch, time.perf_counter() - began, time.process_time() - cpu)
 
-    def took_a_step(self, batch: Batch, seconds: float) -> None:
+    def took_a_step(self, batch: Batch, seconds: float, cpu_seconds: float) -> None:
         """Account for a step that the weights have made; at its marks a log line, a state, the two-thirds snapshot, and the end."""
         self._positions.append(_positions(batch))
         self.step += 1
         self.outcome.steps = self.step
         self.outcome.seconds += seconds
+        self.outcome.cpu_seconds += cpu_seconds
         self.flops_a_step = self.flops_a_step or _flops(clone(self.decomposer).train(), batch)
         self.outcome.flops += self.flops_a_step
         if self.step % self.train_config.log_every == 0 or self.step == self.config.steps:
@@ -225,7 +230,9 @@ class Training:
         copy.eval().save(self.job.folder / SNAPSHOT)
 
     def _finish(self) -> None:
+        began = time.process_time()
         self.decomposer.finish(iterate(self.streams.stream(self.decomposer), self.step))
+        self.outcome.cpu_seconds += time.process_time() - began
         broken = [name for name, value in self.decomposer.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             self.outcome.error = f"weights are not finite after training ({', '.join(broken[:3])}): lower method.lr"
@@ -276,7 +283,8 @@ class Training:
             kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             self.optimiser.state[parameter] = {k: _laid_out_as(v, parameter) for k, v in kept.items()}
         self.step = int(about["step"])
-        self.outcome = Outcome(self.step, int(about["tokens"]), float(about["seconds"]), float(about["flops"]))
+        spent = {key: float(about[key]) for key in ("seconds", "cpu_seconds", "flops")}
+        self.outcome = Outcome(self.step, int(about["tokens"]), **spent)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         assert self.optimiser is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -110,3 +111,22 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert run(tmp_path / "killed", "resume").wait(120) == 0
     first, second = ((tmp_path / name / "checkpoint" / "decomposer.safetensors").read_bytes() for name in ("whole", "killed"))
     assert first == second
+
+
+def test_a_resumed_run_counts_the_cpu_seconds_of_all_its_parts(toy, tmp_path, monkeypatch):
+    target, source = toy
+    clock = itertools.count()  # a second passes whenever somebody looks
+    monkeypatch.setattr(time, "process_time", lambda: float(next(clock)))
+    config = TrainConfig(save_every=10, log_every=5)
+
+    def interrupt(line):
+        if line["step"] == 15:
+            raise KeyboardInterrupt
+
+    (whole,) = train([Job(make("transcoder", target), tmp_path / "whole")], source, config)
+    assert whole.cpu_seconds == 1 + 20 + 1  # preparation, steps, end
+    with pytest.raises(KeyboardInterrupt):
+        train([Job(make("transcoder", target), tmp_path / "cut", interrupt)], source, config)
+    (resumed,) = train([Job(make("transcoder", target), tmp_path / "cut")], source, config, resume=True)
+    assert resumed.steps == whole.steps
+    assert resumed.cpu_seconds == (1 + 10) + (1 + 10 + 1)
