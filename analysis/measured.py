@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from decomp_bench.results import unfolded
 
 from .intervals import describe, over_seeds
 from .points import tidy
-from .style import SIZES, Style, styles
+from .style import MARKERS, SIZES, Style, styles
 
 BASELINE = "baseline"
 TITLES = {"replacement": "Replacement", "autoencoding": "Autoencoding (sees y)", "floor": "Floors", BASELINE: "Baselines"}
@@ -20,6 +22,7 @@ ENTRY = ["family", "kind", "trainable", "form"]
 BASELINE_MARKERS = "PX*<>8"
 SHOWN = ("component", "baseline")
 """Ways that are drawn, beside those of random controls; of others there are rows alone."""
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 COMMON = ("target", "target_hash", "dataset", "token_hash", "layers", "protocol")
 
 
@@ -37,6 +40,8 @@ class Measurements:
     known: pd.DataFrame
     """The entries that there are rows of, those without a value too, so that a family looks the same in every figure of an experiment."""
     each: str = "concept"
+    settings: dict[str, str] = field(default_factory=dict)
+    """Family -> the setting in its name, of families that are one of several settings (`points.variants_apart`); the smallest first."""
 
     def of(self, metric: str, over: str, control: bool = False, at: str | None = None) -> pd.DataFrame:
         """The points of a metric, indexed by entry where one place is asked for."""
@@ -71,7 +76,15 @@ def read(frame: pd.DataFrame, at: str, each: str = "concept") -> Measurements:
     measured = data[~data[each].isin(["all", ""]) & data["value"].notna() & (data["way"] != "")]
     facts[f"{each}s"] = ", ".join(dict.fromkeys(measured[each]))
     known = points[ENTRY].drop_duplicates()
-    return Measurements(points.dropna(subset=["mean"]), facts, _left_out(data, whole, each), known, each)
+    return Measurements(points.dropna(subset=["mean"]), facts, _left_out(data, whole, each), known, each, _settings(whole))
+
+
+def _settings(whole: pd.DataFrame) -> dict[str, str]:
+    if "setting" not in whole:
+        return {}
+    pairs = whole[whole["setting"] != ""][["family", "setting"]].drop_duplicates().itertuples(index=False)
+    ordered = sorted(sorted(map(tuple, pairs)), key=lambda pair: [float(number) for number in NUMBER.findall(pair[1])])
+    return {str(family): str(setting) for family, setting in ordered}
 
 
 def _left_out(data: pd.DataFrame, whole: pd.DataFrame, each: str) -> list[str]:
@@ -88,10 +101,27 @@ def group_of(kind: str, trainable: bool) -> str:
     return BASELINE if kind == BASELINE else "floor" if not trainable else "autoencoding" if kind == "autoencoding" else "replacement"
 
 
+def without(setting: str, label: str) -> str:
+    """A label without the setting that is in it, if any."""
+    return label.replace(f", {setting}", "", 1) if setting else label
+
+
 def looks(found: Measurements) -> dict[tuple[str, str], Style]:
-    """(family, kind) -> style: of families as in every figure, of baselines grey with markers of their own."""
+    """(family, kind) -> style: of families as in every figure, of baselines grey with markers of their own.
+
+    Settings of one family have its colour, each the same marker in every family; families of one setting share a marker beside them.
+    """
     known = found.known
-    made = styles(known[known["kind"] != BASELINE]) if (known["kind"] != BASELINE).any() else {}
+    own = known[known["kind"] != BASELINE]
+    plain = own.assign(family=[without(found.settings.get(str(name), ""), str(name)) for name in own["family"]])
+    of_families = styles(plain) if len(own) else {}
+    *of_settings, other = MARKERS["replacement"]
+    markers = dict(zip(dict.fromkeys(found.settings.values()), itertools.cycle(of_settings)))
+    made = {}
+    for name, family, kind in zip(own["family"], plain["family"], own["kind"], strict=True):
+        look, setting = of_families[str(family), str(kind)], found.settings.get(str(name), "")
+        marker = markers.get(setting, other) if markers else look.marker
+        made[str(name), str(kind)] = replace(look, label=f"{look.label}, {setting}" if setting else look.label, marker=marker)
     for place, family in enumerate(sorted(set(known[known["kind"] == BASELINE]["family"]))):
         marker = BASELINE_MARKERS[place % len(BASELINE_MARKERS)]
         made[family, BASELINE] = Style(family, BASELINE, "#222222", "#999999", marker, SIZES.get(marker, 1.0))

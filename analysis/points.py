@@ -69,9 +69,13 @@ def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def variants_apart(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with its variant in the name of every family that has several: what would be a mean over settings is one line for each."""
+    """The frame with its variant in the name of every family that has several: what would be a mean over settings is one line for each.
+
+    `setting` is the variant there, and empty elsewhere.
+    """
     several = frame.groupby(["family", "kind"])["variant"].transform("nunique") > 1
-    return frame.assign(family=frame["family"].where(~several, frame["family"] + ", " + frame["variant"]))
+    names = frame["family"].where(~several, frame["family"] + ", " + frame["variant"])
+    return frame.assign(family=names, setting=frame["variant"].where(several, ""))
 
 
 def _keep(data: pd.DataFrame, column: str, wanted: tuple[str, ...], option: str) -> pd.DataFrame:

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .layout import TEXT, Entries, canvas, finish
-from .measured import TITLES, Measurements, group_of, label_of, looks
-from .style import Style, plain
+from .measured import TITLES, Measurements, group_of, label_of, looks, without
+from .style import GREY, Style, plain
 
 WHOLE = ("chosen", "all")
 """Places that are no part of a grid."""
@@ -52,12 +53,24 @@ def tracks(found: Measurements, x: Axis, y: Axis, units: str, text: str, control
             for form, dashes in zip(sorted(set(own["form"])), DASHES, strict=False):
                 for control in (True, False):
                     _track(axes, own[(own["form"] == form) & (own["control"] == control)].sort_values("place"), style, dashes, control)
-                group = handles[group_of(str(kind), bool(trainable))]
-                group.handles.append(Line2D([], [], color=style.colour, linestyle=dashes, linewidth=0.9, marker=style.marker, markersize=3))
-                group.labels.append(label_of((family, kind, trainable, form), data))
+                group, setting = handles[group_of(str(kind), bool(trainable))], found.settings.get(str(family), "")
+                label = without(setting, label_of((family, kind, trainable, form), data))
+                if label not in group.labels:
+                    marker = "" if setting else style.marker
+                    group.handles.append(Line2D([], [], color=style.colour, linestyle=dashes, linewidth=0.9, marker=marker, markersize=3))
+                    group.labels.append(label)
+        handles["settings"] = _settings(found, styles)
         _scales(axes, data, x, y)
         finish(figure, height, [entries for entries in handles.values() if entries.handles], text)
     return figure
+
+
+def _settings(found: Measurements, styles: dict[tuple[str, str], Style]) -> Entries:
+    """What marker a setting has, in whatever family."""
+    markers = {found.settings[name]: style.marker for (name, _), style in styles.items() if name in found.settings}
+    markers = {setting: markers[setting] for setting in found.settings.values() if setting in markers}
+    lines: list[Artist] = [Line2D([], [], color=GREY, linestyle="", marker=marker, markersize=3) for marker in markers.values()]
+    return Entries("Settings", lines, list(markers))
 
 
 def _joined(found: Measurements, x: Axis, y: Axis, units: str) -> pd.DataFrame:

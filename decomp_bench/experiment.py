@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class Options:
 
     preset: str | None = None
     only: tuple[str, ...] = ()
+    """Methods, or values of conditions, of the wanted runs; empty: all."""
     seeds: tuple[int, ...] = ()
     target: str | None = None
     set: tuple[str, ...] = ()
@@ -224,15 +226,15 @@ def _conditioned(experiment: Experiment, options: Options) -> list[tuple[RunConf
     """The config of every wanted run, and its condition in words."""
     whole, preset, where = _of_preset(experiment, options)
     sets = tuple(item for item in options.set if not item.startswith(MEASURE))
-    methods = list(dict.fromkeys(spec.method for spec in whole.runs))
+    named = [(spec.method, *spec.condition.values()) for spec in whole.runs]
     for name in options.only:
-        if name not in methods:
-            raise UserError(f"--only {name}: the experiment has no such method; {suggest(name, methods)}")
+        if not any(name in names for names in named):
+            raise UserError(f"--only {name}: no run's method or condition; {suggest(name, sorted(set(itertools.chain(*named))))}")
     common = whole.model_dump(mode="json", include={"data", "eval", "train"})
     common["target"] = options.target or whole.target
     made = []
-    for spec in whole.runs:
-        if not options.only or spec.method in options.only:
+    for spec, names in zip(whole.runs, named, strict=True):
+        if not options.only or set(names) & set(options.only):
             spec = _spec_of_preset(spec, preset, where)
             own = tuple(seed for seed in whole.seeds if not spec.seeds or seed in spec.seeds)
             made += _spec_configs(spec, common, options.seeds or own, sets, where)

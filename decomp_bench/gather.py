@@ -15,6 +15,7 @@ from decomp_bench.runs import Run, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from decomp_bench.experiment import Plan
 
@@ -190,25 +191,27 @@ def _figures(folder: Path) -> list[Path]:
         if names := _manifest(folder).get("figures", []):
             check_figures(names, str(folder / "manifest.json"))
             return _drawings(folder, names)
-        measured = measured_in(folder)
-        if measured:  # the question is what was measured; one point a family makes no curve
-            for name, frame in measured.items():
-                if brief := analysis.measured_table(name, frame):
-                    results.write(pd.DataFrame(brief), folder / f"{name}_brief.csv")
-            figures = {key: value for name, frame in measured.items() for key, value in analysis.measured_figures(name, frame).items()}
-            return [path for name, figure in figures.items() for path in analysis.save(figure, folder / "figures" / name)]
+        figures = {}
+        for name, table in (measured := measured_in(folder)).items():
+            if brief := analysis.measured_table(name, table):
+                results.write(pd.DataFrame(brief), folder / f"{name}_brief.csv")
+            figures |= analysis.measured_figures(name, table)
         frame = results.read(folder / "results.parquet")
-        protocols = tuple(name for name in analysis.PROTOCOLS if name in set(frame["protocol"]))
-        there = set(frame["metric"])
-        figures = analysis.paretos(frame, ys=tuple(y for y in FIGURES_OF if y in there), view=analysis.View(protocols=protocols))
+        if not measured or (frame.groupby("family")["variant"].nunique() > 1).any():  # one point a family makes no curve
+            figures |= _curves(frame)
     except ValueError as error:
         raise UserError(str(error)) from None
-    paths: list[Path] = []
-    for name, figure in figures.items():
-        if name.endswith(tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")):
-            continue  # one narrow figure for each pair of axes is enough
-        paths += analysis.save(figure, folder / "figures" / name)
-    return paths
+    return [path for name, figure in figures.items() for path in analysis.save(figure, folder / "figures" / name)]
+
+
+def _curves(frame: pd.DataFrame) -> dict[str, Figure]:
+    from decomp_bench import analysis
+
+    protocols, there = [name for name in analysis.PROTOCOLS if name in set(frame["protocol"])], set(frame["metric"])
+    ys = tuple(y for y in FIGURES_OF if y in there)
+    figures = analysis.paretos(frame, ys=ys, view=analysis.View(protocols=tuple(protocols)))
+    narrow = tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")  # one for each pair of axes is enough
+    return {name: figure for name, figure in figures.items() if not name.endswith(narrow)}
 
 
 def _drawings(folder: Path, names: Sequence[str]) -> list[Path]:

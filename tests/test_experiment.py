@@ -109,11 +109,22 @@ def test_an_entry_takes_only_its_own_seeds_of_the_experiment(place):
     assert len(experiment.configs(found, Options(seeds=(3, 4)))) == 6
 
 
+def test_only_takes_a_condition_as_well(place):
+    config = place / "experiments" / "007_something" / "config.yaml"
+    raw = yaml.safe_load(config.read_text())
+    raw["runs"][0]["condition"] = {"form": "ours"}
+    config.write_text(yaml.safe_dump(raw))
+    found = experiment.load("007")
+    ours = experiment.configs(found, Options(only=("ours",)))
+    assert ours
+    assert ours == [c for c in experiment.configs(found, Options()) if c.method == raw["runs"][0]["method"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (Options(preset="huge"), "no preset 'huge'; known: laptop, paper, smoke"),
-        (Options(only=("spdd",)), "no such method"),
+        (Options(only=("spdd",)), "no run.s method or condition"),
         (Options(set=("eval.tokns=3",)), "unknown key 'eval.tokns'"),
         (Options(set=("target=toy:resid_mlp1,toy:resid_mlp2",)), "one target"),
         (Options(set=("method.kk=3",)), "unknown key 'kk'"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, typer.Argument(help="Number, name or folder.")]
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder with experiments/, or the experiments themselves; default: here.")]
 Preset = Annotated[str | None, typer.Option(help="One of those that `experiment list` shows; default: the experiment's own.")]
-Only = Annotated[list[str] | None, typer.Option(help="This method only. Repeatable.")]
+Only = Annotated[list[str] | None, typer.Option(help="Runs of this method, or of this condition (015: ours), only. Repeatable.")]
 Seeds = Annotated[str | None, typer.Option(help="Such as 0,1,2; default: the experiment's own.")]
 Target = Annotated[str | None, typer.Option(help="Another target than the experiment's own.")]
 

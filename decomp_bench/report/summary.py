@@ -85,20 +85,22 @@ def points_table(root: Path, experiments: Sequence[Experiment], folder: str) -> 
     found = analysis.table(frame[frame["curve"] == "trained"], ["l0_mlp", "active_params", "ce_delta"], view)
     about = frame.iloc[0]
     parts = [f"`{folder}`: {about['target']}, {int(frame['n'].max()):,} scored tokens of {about['dataset']} ({about['split']})."]
-    heads = ("setting", "L0 per MLP", "active parameters", *(f"CE, {p}, {g}" for p, g in CONDITIONS), "seeds", "converged")
+    scored = set(found[found["metric"] == "ce_delta"][["protocol", "gates"]].itertuples(index=False, name=None))
+    there = [where for where in CONDITIONS if where in scored]
+    heads = ("setting", "L0 per MLP", "active parameters", *(f"CE, {p}, {g}" for p, g in there), "seeds", "converged")
     for kind, own in sorted(found.groupby("kind"), key=lambda item: item[0] != "replacement"):
-        lines = [_point(str(family), str(variant), one) for (family, variant), one in own.groupby(["family", "variant"])]
+        lines = [_point(str(family), str(variant), one, there) for (family, variant), one in own.groupby(["family", "variant"])]
         lines = [line for *_, line in sorted(lines, key=lambda line: line[:2])]
         parts.append(markdown((str(kind), *heads), lines, 2))
     return "\n\n".join(parts)
 
 
-def _point(family: str, variant: str, own: pd.DataFrame) -> tuple[str, float, list[str]]:
+def _point(family: str, variant: str, own: pd.DataFrame, there: Sequence[tuple[str, str]]) -> tuple[str, float, list[str]]:
     """A line of the table of points, after what it is sorted by."""
     cell: dict[tuple[str, ...], Any] = {(str(row.metric), str(row.protocol), str(row.gates)): row for row in own.itertuples(index=False)}
     size = cell["l0_mlp", *CONDITIONS[0]]
     sizes = [number(cell[name, *CONDITIONS[0]].mean) for name in ("l0_mlp", "active_params")]
-    losses = [_estimate(cell["ce_delta", *where]) if ("ce_delta", *where) in cell else "" for where in CONDITIONS]
+    losses = [_estimate(cell["ce_delta", *where]) if ("ce_delta", *where) in cell else "" for where in there]
     return family, float(size.mean), [family, variant, *sizes, *losses, str(size.seeds), str(size.converged)]
 
 

@@ -112,6 +112,23 @@ def test_forms_of_one_family_are_told_apart():
     assert {"alpha, gate", "alpha, write"} <= {tick.get_text() for tick in forest.axes[0].get_yticklabels()}
 
 
+def test_settings_of_a_family_share_its_colour_and_have_a_marker_each_in_all_families():
+    import pandas as pd
+
+    found = frame("topic_ablation")
+    ours = found["family"].isin(["alpha", "gamma"])
+    several = [found[ours].assign(variant=f"imp={value}", run_id=f"{value:032d}") for value in (10, 9)]
+    tracks = list(measured_figures("topic_ablation", pd.concat([*several, found[~ours]], ignore_index=True)).values())[1]
+    lines = {(line.get_gid() or "").partition("selected/")[2]: line for line in tracks.axes[0].get_lines()}
+    look = {name: (lines[name].get_color(), lines[name].get_marker()) for name in lines if name}
+    assert look["alpha, imp=9"][0] == look["alpha, imp=10"][0] != look["gamma, imp=9"][0] == look["gamma, imp=10"][0]
+    assert look["alpha, imp=9"][1] == look["gamma, imp=9"][1] != look["alpha, imp=10"][1] == look["gamma, imp=10"][1]
+    assert look["beta (sees y)"][1] not in (look["alpha, imp=9"][1], look["alpha, imp=10"][1])
+    legends = {legend.get_title().get_text(): [text.get_text() for text in legend.get_texts()] for legend in tracks.legends}
+    assert legends["Settings"] == ["imp=9", "imp=10"]
+    assert legends["Replacement"] == ["alpha"]
+
+
 @pytest.mark.parametrize("name", GRID)
 def test_the_table_has_value_control_and_gain(name):
     table = {entry["family"]: entry for entry in measured_table(name, frame(name))}
