@@ -283,8 +283,8 @@ class Training:
             kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             self.optimiser.state[parameter] = {k: _laid_out_as(v, parameter) for k, v in kept.items()}
         self.step = int(about["step"])
-        spent = {key: float(about[key]) for key in ("seconds", "cpu_seconds", "flops")}
-        self.outcome = Outcome(self.step, int(about["tokens"]), **spent)
+        seconds, cpu_seconds, flops = (float(about[key]) for key in ("seconds", "cpu_seconds", "flops"))
+        self.outcome = Outcome(self.step, int(about["tokens"]), seconds, cpu_seconds, flops)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         assert self.optimiser is not None
