@@ -17,7 +17,7 @@ ABOUT = {
 }  # fmt: skip
 
 
-def write(folder, *seeds: int, offset: float = 0.1):
+def write(folder, *seeds: int, offset: float = 0.1, target: str = "t"):
     """Two points of a curve, each with these seeds, whose values are `offset` apart."""
     rows = []
     for k in (4, 8):
@@ -25,7 +25,7 @@ def write(folder, *seeds: int, offset: float = 0.1):
             for protocol in ("cascading", "single"):
                 for metric, value in (("ce_delta", 1 / k + offset * seed), ("l0_mlp", k)):
                     own = {"run_id": f"{k}-{seed}", "variant": f"k={k}", "seed": seed, "protocol": protocol, "gates": "clean"}
-                    rows.append({**ABOUT, **own, "metric": metric, "value": value, "lo": value * 0.9, "hi": value * 1.1})
+                    rows.append({**ABOUT, **own, "target": target, "metric": metric, "value": value, "lo": value * 0.9, "hi": value * 1.1})
     results.write(results.frame(rows), folder / "results.parquet")
     runs = {row["run_id"]: {"config": {"k": row["variant"], "seed": row["seed"], "train": {"threads": row["seed"]}}} for row in rows}
     (folder / "manifest.json").write_text(json.dumps({"runs": runs, "figures": ["protocol_grid"]}))
@@ -76,6 +76,14 @@ def test_the_catalogue_states_the_noise_where_it_was_measured(project, monkeypat
     shown = capsys.readouterr().out
     assert "007_something/t-long" in shown
     assert "0.2" in next(line for line in shown.splitlines() if line.startswith("ce_delta"))
+
+
+def test_toys_come_after_other_targets_however_many_their_seeds(project):
+    for name, seeds, target in (("a", (0, 1, 2, 3), "toy:tms_5-2@0"), ("b", (0, 1), "t"), ("c", (0, 1, 2), "t")):
+        folder = write(project / "results" / "007_something" / name, *seeds, target=target)
+        noise.write_noise(folder, json.loads((folder / "manifest.json").read_text())["runs"])
+    headline = [entry for entry in noise.known_noise(project)["ce_delta"] if entry["protocol"] == "cascading"]
+    assert [entry["results"][-1] for entry in headline] == ["c", "b", "a"]
 
 
 def test_a_broken_file_is_one_line_that_names_the_fix(project):
