@@ -197,7 +197,8 @@ def _figures(folder: Path) -> list[Path]:
                 results.write(pd.DataFrame(brief), folder / f"{name}_brief.csv")
             figures |= analysis.measured_figures(name, table)
         frame = results.read(folder / "results.parquet")
-        if not measured or (frame.groupby("family")["variant"].nunique() > 1).any():  # one point a family makes no curve
+        trained = frame[frame["curve"] == "trained"].groupby(["family", "condition"])["variant"]
+        if not measured or (trained.nunique() > 1).any():  # one point a family makes no curve
             figures |= _curves(frame)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -271,6 +271,7 @@ class Training:
             tensors = load_file(self._state_file(), device=str(self.device))
             with safe_open(self._state_file(), "pt") as opened:
                 about = opened.metadata()
+            seconds, cpu_seconds, flops = (float(about[key]) for key in ("seconds", "cpu_seconds", "flops"))
             self.decomposer.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("weights/")})
         except Exception as error:
             raise UserError(f"{self._state_file()} is broken ({type(error).__name__}): train again with --existing overwrite") from None
@@ -283,7 +284,6 @@ class Training:
             kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             self.optimiser.state[parameter] = {k: _laid_out_as(v, parameter) for k, v in kept.items()}
         self.step = int(about["step"])
-        seconds, cpu_seconds, flops = (float(about[key]) for key in ("seconds", "cpu_seconds", "flops"))
         self.outcome = Outcome(self.step, int(about["tokens"]), seconds, cpu_seconds, flops)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
