@@ -13,11 +13,13 @@ from tests.test_noise import write
 def test_curves_are_drawn_beside_measurements_of_several_trained_settings(tmp_path):
     folder = write(tmp_path / "results" / "007_something" / "t", 0)
     frame = results.read(folder / "results.parquet")
-    sizes = [frame[frame["metric"] == "l0_mlp"].assign(metric=metric) for metric in ("active_params", "bits")]
-    frame = pd.concat([frame, *sizes], ignore_index=True)
+    size = frame[frame["metric"] == "l0_mlp"]
+    frame = pd.concat([frame, size.assign(metric="active_params"), size.assign(metric="bits", applicable="no")], ignore_index=True)
     for name in ("results", "probing"):
         results.write(frame, folder / f"{name}.parquet")
     (folder / "manifest.json").write_text(json.dumps({"runs": {}, "measurements": {"probing": {}}}))
-    assert "ce_delta_by_l0_mlp.png" in {path.name for path in gather.draw(folder)}
+    names = {path.name for path in gather.draw(folder)}
+    assert {"ce_delta_by_l0_mlp.png", "ce_delta_by_active_params.png"} <= names
+    assert "ce_delta_by_bits.png" not in names  # it applies to none of them
     results.write(frame[frame["variant"] == "k=4"], folder / "results.parquet")
     assert gather.draw(folder) == []  # one point makes no curve
