@@ -8,7 +8,7 @@ from .measurements import measured_figures, measured_note, measured_table
 from .model_table import model_table
 from .noise import EVERY as EVERY_FAMILY
 from .noise import noise_markdown, seed_noise
-from .pareto import pareto, paretos
+from .pareto import XS, pareto, paretos
 from .points import PROTOCOLS, Points, View, points, told_apart
 from .style import Style, styles
 from .summary import Comparison, Crossing, Matched, Violation, crossings, floor_check, matched, monotone_check, table
@@ -20,6 +20,7 @@ __all__ = [
     "EVERY_FAMILY",
     "MEASURES",
     "PROTOCOLS",
+    "XS",
     "Comparison",
     "Crossing",
     "Drawing",

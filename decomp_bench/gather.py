@@ -207,13 +207,12 @@ def _figures(folder: Path) -> list[Path]:
 
 def _curves(frame: pd.DataFrame) -> dict[str, Figure]:
     from decomp_bench import analysis
-    from decomp_bench.analysis.pareto import XS
 
     protocols = [name for name in analysis.PROTOCOLS if name in set(frame["protocol"])]
     drawn = frame["curve"].isin(("trained", "floor")) & (frame["applicable"] != "no") & frame["value"].notna()
     there = set(frame[drawn]["metric"])
-    xs, ys = (tuple(name for name in names if name in there) for names in (XS, FIGURES_OF))
-    figures = analysis.paretos(frame, xs=xs or XS, ys=ys, view=analysis.View(protocols=tuple(protocols)))
+    xs, ys = (tuple(name for name in names if name in there) for names in (analysis.XS, FIGURES_OF))
+    figures = analysis.paretos(frame, xs=xs or analysis.XS, ys=ys, view=analysis.View(protocols=tuple(protocols)))
     narrow = tuple(f"_{protocol}" for protocol in protocols if protocol != "cascading")  # one for each pair of axes is enough
     return {name: figure for name, figure in figures.items() if not name.endswith(narrow)}
 
