@@ -2,7 +2,8 @@
 
 Components are compared in the coordinates of the features: on the feature side by their products with what each feature alone causes
 there, on the other side as they are. Live components are those that fired on the scored rows and are at least a tenth as long as a
-mechanism. A null puts as many random directions of the same lengths in their place.
+mechanism; where no mechanisms are known, as the longest component, in what is read later of their outputs. A null puts as many random
+directions of the same lengths in their place.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _measures(decomposer: Decomposer, truth: Truth, fired: Mapping[str, Tensor])
         if part is not None:
             yield site.name, _mechanisms(part, fired[site.name] > 0, truth.live.get(site.name), generator)
         elif site.name in truth.live:
-            yield site.name, _counted(decomposer, site, fired[site.name] > 0, truth.live[site.name])
+            yield site.name, _counted(decomposer, site, fired[site.name] > 0, truth)
     soft = decomposer.at(mask="soft") if "mask" in decomposer.swept else decomposer
     importance = {name: codes.gate for name, codes in codes_of(soft, truth.probes).items()}
     for site in decomposer.sites:
@@ -197,14 +198,26 @@ def _mechanisms(part: Part | MatrixPart, fired: Bool[Tensor, " C"], expected: in
     return values | {f"{key}_null": sum(null[key] for null in nulls) / NULLS for key in nulls[0] if f"{key}_null" in KEYS}
 
 
-def _counted(decomposer: Decomposer, site: Site, fired: Bool[Tensor, " C"], expected: int) -> dict[str, float]:
-    """Live components of a map that has a known number of them but no known mechanisms."""
-    pair, matrices = decomposer.directions(site, site.slots[0]), decomposer.matrices(site, site.slots[0])
-    if pair is None and matrices is None:
+def _counted(decomposer: Decomposer, site: Site, fired: Bool[Tensor, " C"], truth: Truth) -> dict[str, float]:
+    """Live components of a map that has a known number of them but no known mechanisms.
+
+    Lengths are those of what is read later: two thirds of a ResidMLP's W_out lie where nothing reads, and components that do nothing
+    hold them, since all of them have to sum to W.
+    """
+    slot = site.slots[0]
+    pair, matrices, readers = decomposer.directions(site, slot), decomposer.matrices(site, slot), truth.read_later.get(site.name)
+
+    def seen(outputs: Tensor) -> Tensor:
+        return outputs if readers is None else outputs @ readers.to(outputs).T
+
+    if pair is not None:
+        lengths = pair[0].norm(dim=1) * seen(pair[1]).norm(dim=1)
+    elif matrices is not None:
+        lengths = seen(matrices).flatten(1).norm(dim=1)
+    else:
         return {}
-    lengths = pair[0].norm(dim=1) * pair[1].norm(dim=1) if pair is not None else matrices.flatten(1).norm(dim=1)  # type: ignore[union-attr]
     live = float((fired.to(lengths.device) & (lengths > LIVE * lengths.max())).sum())
-    return {"live": live, "live_surplus": live - expected}
+    return {"live": live, "live_surplus": live - truth.live[site.name]}
 
 
 def _of_all(part: Part | MatrixPart) -> dict[str, float]:

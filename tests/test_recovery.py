@@ -229,6 +229,32 @@ def test_neuron_contributions_and_live_counts_of_a_residual_mlp():
     assert found["live", "0.mlp.down"] == 6
 
 
+def test_a_component_that_writes_where_nothing_reads_is_not_counted():
+    recipe = Resid(12, 2, 6, steps=40, width=30)
+    target = recipe.build(recipe.train(0, QUIET)[0], "toy:resid_mlp_2l", "cpu")
+
+    def live(layer: int) -> float:
+        name = f"{layer}.mlp.down"
+        readers = target.toy.truth.readout if layer else torch.cat([target.toy.truth.readout, target.weight("1.mlp.up")])
+        unread = torch.linalg.svd(readers, full_matrices=True).Vh[len(readers) :]
+        read_by_the_next_alone = target.weight("1.mlp.up")[0] if layer == 0 else unread[0]
+
+        class Spare(Planted):
+            def build(self, generator):
+                super().build(generator)
+                rows = [target.weight(name).T, unread[:1], read_by_the_next_alone[None]]
+                self.parts[name] = torch.eye(6)[[*range(6), 0, 0]], torch.cat(rows)
+                self.sites.append(Site(name, layer, (f"{layer}.mlp.in",), (Slot(name, name),), 8))
+
+            def _on(self, site, truth, x):
+                return torch.ones(len(x), 8) if site.name == name else super()._on(site, truth, x)
+
+        return scores(Spare, target)["live", name]["value"]
+
+    assert live(1) == 6
+    assert live(0) == 7
+
+
 def test_a_toy_without_truth_says_that_nothing_can_be_compared(toy):
     target, _ = toy
     found = scores(Basis, target)

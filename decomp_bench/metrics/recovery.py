@@ -111,7 +111,14 @@ _PLAIN = [
         "splits", "Split mechanisms", "lower", "mechanisms whose cosine with two live components or more is > 0.5", blind=_NEAR_NOTHING
     ),
     _known("spare", "Spare live components", "lower", "live components that are no mechanism"),
-    _known("live", "Live components", "none", "components that fired and are longer than a tenth of the mean mechanism", "SPD (counts)"),
+    _known(
+        "live",
+        "Live components",
+        "none",
+        "components that fired and are longer than a tenth of the mean mechanism; where none are known, than a tenth of the longest "
+        "component, in what is read later of their outputs",
+        "SPD (counts)",
+    ),
     _known("live_surplus", "Live components beyond the known number", "none", "live - known; negative: some are missing", "SPD (counts)"),
     _known(
         "absorption",

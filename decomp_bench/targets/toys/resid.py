@@ -137,14 +137,15 @@ class Resid:
         """W_in has a mechanism for each feature; W_out is dense: as many live components as neurons."""
         embed: Tensor = target.module.embed  # type: ignore[assignment]
         unit = torch.eye(self.features, device=embed.device)
-        mechanisms, live, pattern = {}, {}, {}
+        mechanisms, live, pattern, read_later = {}, {}, {}, {}
         for layer in range(self.layers):
             up, down = f"{layer}.mlp.up", f"{layer}.mlp.down"
             basis = responses(target, unit, up)
             mechanisms |= {(up, up): Mechanisms(basis, basis @ target.weight(up).T), **written(target, unit, layer)}
             live |= {up: self.features, down: self.neurons}
             pattern |= {up: "identity", down: "dense"}
-        return Truth(PROBE * unit, self.probability, mechanisms, live, pattern, readout=embed)
+            read_later[down] = torch.cat([embed, *(target.weight(f"{later}.mlp.up") for later in range(layer + 1, self.layers))])
+        return Truth(PROBE * unit, self.probability, mechanisms, live, pattern, readout=embed, read_later=read_later)
 
     @staticmethod
     def verdict(figures: dict[str, Any]) -> str:

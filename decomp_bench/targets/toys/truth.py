@@ -51,7 +51,8 @@ class Truth:
     mechanisms: by (read, write) of a slot. live: components that a map should be left with. pattern: how the importances of a map
     should look on the probes: `identity`, one component a feature, or `dense`, the first `live` columns shared by all features.
     readout: output direction of each feature at the residual stream, where neurons have contributions. parent: for each feature
-    the feature that is on whenever it is, or -1.
+    the feature that is on whenever it is, or -1. read_later: for a map, the directions of its outputs that anything reads; where a map
+    is not listed, all of them.
     """
 
     probes: Float[Tensor, "f d"]
@@ -60,6 +61,7 @@ class Truth:
     live: Mapping[str, int] = field(default_factory=dict)
     pattern: Mapping[str, Literal["identity", "dense"]] = field(default_factory=dict)
     readout: Float[Tensor, "f width"] | None = None
+    read_later: Mapping[str, Float[Tensor, "readers width"]] = field(default_factory=dict)
     hop: Hop | None = None
     parent: Int[Tensor, " f"] | None = None
 
