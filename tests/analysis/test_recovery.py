@@ -40,6 +40,13 @@ def test_runs_succeed_where_f1_is_one_and_nulls_stand_beside():
     assert low < table.loc[("a", "mmcs"), "mean"] < high
 
 
+def test_a_run_with_a_component_too_many_in_a_map_without_known_mechanisms_does_not_succeed():
+    frame = frame_of({("a", 0): {"recovery_f1": 1.0}, ("a", 1): {"recovery_f1": 1.0}})
+    of_maps = frame.assign(metric="live_surplus", site="0.mlp.down", value=[0.0, 1.0])
+    table = recovery_table(pd.concat([frame, of_maps])).set_index(["variant", "metric"])
+    assert table.loc[("a", "success"), "mean"] == 0.5
+
+
 def test_a_figure_and_a_table_or_the_reason_why_not():
     drawn = recovery(frame_of({("a", 0): {"recovery_f1": 1.0, "matched_cosine": 0.9}}))
     assert set(drawn.figures) == set(drawn.tables) == {"recovery"}
