@@ -28,6 +28,7 @@ COLUMNS = 256
 ONE_SIDED = LinearSegmentedColormap.from_list("importance", ["#ffffff", COLOURS[0]])
 TWO_SIDED = LinearSegmentedColormap.from_list("entries", [COLOURS[1], "#ffffff", COLOURS[0]])
 NUMBERED = "Components are in the order of the features that they go with one to one (largest sum of importances), then by sum."
+BY_SUM = "Components are in the order of their sums of importances."
 Site = Mapping[str, Any]
 
 
@@ -52,8 +53,11 @@ def toy_figures(found: Mapping[str, Any]) -> dict[str, Figure]:
     return made
 
 
-def order(importance: Float[np.ndarray, "f C"]) -> np.ndarray:
-    """Components in the order of the features that they go with under the best one-to-one assignment, then the rest by their sums."""
+def order(importance: Float[np.ndarray, "f C"], dense: bool = False) -> np.ndarray:
+    """Components in the order of the features that they go with under the best one-to-one assignment, then the rest by their sums; where
+    features are meant to share components (`dense`), all by their sums."""
+    if dense:
+        return np.argsort(-importance.sum(0), kind="stable")[:COLUMNS]
     _, chosen = linear_sum_assignment(importance, maximize=True)
     rest = np.setdiff1d(np.arange(importance.shape[1]), chosen)
     return np.concatenate([chosen, rest[np.argsort(-importance[:, rest].sum(0), kind="stable")]])[:COLUMNS]
@@ -93,11 +97,13 @@ def _importances(sites: Sequence[Site], about: str) -> Figure:
     figure, axes = _panels(len(sites), height)
     for place, (one, site) in enumerate(zip(axes, sites, strict=True)):
         values = np.asarray(site["importance"], float)
-        _map(one, values[:, order(values)], site["name"], ONE_SIDED, (0, 1))
+        _map(one, values[:, order(values, site.get("dense", False))], site["name"], ONE_SIDED, (0, 1))
         one.set_ylabel("feature" if not place else "", fontsize=TEXT, labelpad=2)
         if place:
             one.set_yticks([])
-    text = f"Importance of each component when one feature alone is on (at {sites[0]['probe']:g}). {NUMBERED} {about}"
+    shared = ", ".join(site["name"] for site in sites if site.get("dense", False))
+    numbered = f"{NUMBERED} {BY_SUM.replace('Components', f'Those of {shared}')}" if shared else NUMBERED
+    text = f"Importance of each component when one feature alone is on (at {sites[0]['probe']:g}). {numbered} {about}"
     finish(figure, height, [_scale(ONE_SIDED, (0, 1), "Importance")], text, 0.42)
     return figure
 
@@ -105,7 +111,8 @@ def _importances(sites: Sequence[Site], about: str) -> Figure:
 def _vectors(sites: Sequence[Site], about: str) -> Figure:
     site = sites[0]
     read, write = (np.asarray(site[name], float) for name in ("read", "write"))
-    chosen = order(np.asarray(site["importance"], float)) if site["importance"] else np.arange(min(len(read), COLUMNS))
+    dense = site.get("dense", False)
+    chosen = order(np.asarray(site["importance"], float), dense) if site["importance"] else np.arange(min(len(read), COLUMNS))
     lengths = np.linalg.norm(read, axis=1) * np.linalg.norm(write, axis=1)
     size = np.sqrt(lengths)[:, None]  # both vectors of a component as long as each other: only their product is defined
     pair = [size * v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (read, write)]
@@ -114,7 +121,7 @@ def _vectors(sites: Sequence[Site], about: str) -> Figure:
     for one, vectors, name, of in zip(axes, pair, ("V", "U"), site["of"], strict=True):
         _map(one, vectors[chosen].T, f"{name}: {vectors.shape[1]} {of}", TWO_SIDED, (-most, most))
     what = f"{site['name']}: read (V) and write (U) vectors of each component, both with the square root of the component's length."
-    finish(figure, height, [_scale(TWO_SIDED, (-most, most), "Entry")], f"{what} {NUMBERED} {about}", 0.42)
+    finish(figure, height, [_scale(TWO_SIDED, (-most, most), "Entry")], f"{what} {BY_SUM if dense else NUMBERED} {about}", 0.42)
     return figure
 
 

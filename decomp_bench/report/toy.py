@@ -45,6 +45,7 @@ def _site(decomposer: Decomposer, site: Site, importance: Tensor | None) -> dict
         "name": site.name,
         "probe": rounded(float(truth.probes.abs().max())),
         "importance": _plain(importance) if importance is not None else None,
+        "dense": truth.pattern.get(site.name) == "dense",
         "read": _plain(pair[0]) if pair is not None else None,
         "write": _plain(pair[1]) if pair is not None else None,
         "of": of,

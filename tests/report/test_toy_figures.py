@@ -58,6 +58,17 @@ def test_the_order_puts_partners_on_the_diagonal_and_the_rest_by_their_sums():
     importance = np.array([[0.1, 0, 0.9, 0, 0.2], [0.8, 0, 0.1, 0, 0.3]])
     assert order(importance).tolist() == [2, 0, 4, 1, 3]
     assert sorted(order(np.eye(6)[:, :3])) == [0, 1, 2]
+    assert order(importance, dense=True).tolist() == [2, 0, 4, 1, 3]
+    shared = np.array([[0.0, 0.9, 0.2], [0.1, 1.0, 0.0]])
+    assert order(shared).tolist() == [2, 1, 0]
+    assert order(shared, dense=True).tolist() == [1, 2, 0]
+
+
+def test_components_that_features_share_come_first(planted):
+    found, _ = planted
+    sites = [{**site, "dense": bool(place)} for place, site in enumerate(found["sites"])]
+    (caption,) = [text.get_text() for text in toy_figures({**found, "sites": sites})["importances"].texts if text.get_gid() == "caption"]
+    assert "Those of 0.mlp.down are in the order of their sums" in " ".join(caption.split())
 
 
 def test_figures_fit_a_column_and_say_what_they_show(planted):
