@@ -235,15 +235,14 @@ def test_a_component_that_writes_where_nothing_reads_is_not_counted():
 
     def live(layer: int) -> float:
         name = f"{layer}.mlp.down"
-        readers = target.toy.truth.readout if layer else torch.cat([target.toy.truth.readout, target.weight("1.mlp.up")])
-        unread = torch.linalg.svd(readers, full_matrices=True).Vh[len(readers) :]
-        read_by_the_next_alone = target.weight("1.mlp.up")[0] if layer == 0 else unread[0]
+        readout, up = target.toy.truth.readout, target.weight("1.mlp.up")
+        unread = torch.linalg.svd(torch.cat([readout, up]), full_matrices=True).Vh[-1:]
+        read_by_the_next_alone = up[:1] - up[:1] @ torch.linalg.pinv(readout) @ readout
 
         class Spare(Planted):
             def build(self, generator):
                 super().build(generator)
-                rows = [target.weight(name).T, unread[:1], read_by_the_next_alone[None]]
-                self.parts[name] = torch.eye(6)[[*range(6), 0, 0]], torch.cat(rows)
+                self.parts[name] = torch.eye(6)[[*range(6), 0, 0]], torch.cat([target.weight(name).T, unread, read_by_the_next_alone])
                 self.sites.append(Site(name, layer, (f"{layer}.mlp.in",), (Slot(name, name),), 8))
 
             def _on(self, site, truth, x):
