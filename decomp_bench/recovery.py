@@ -202,7 +202,7 @@ def _counted(decomposer: Decomposer, site: Site, fired: Bool[Tensor, " C"], trut
     """Live components of a map that has a known number of them but no known mechanisms.
 
     Lengths are those of what is read later: two thirds of a ResidMLP's W_out lie where nothing reads, and components that do nothing
-    hold them, since all of them have to sum to W.
+    come to hold some of that, since only the sum has to be W.
     """
     slot = site.slots[0]
     pair, matrices, readers = decomposer.directions(site, slot), decomposer.matrices(site, slot), truth.read_later.get(site.name)
