@@ -201,8 +201,8 @@ def _mechanisms(part: Part | MatrixPart, fired: Bool[Tensor, " C"], expected: in
 def _counted(decomposer: Decomposer, site: Site, fired: Bool[Tensor, " C"], truth: Truth) -> dict[str, float]:
     """Live components of a map that has a known number of them but no known mechanisms.
 
-    Lengths are those of what is read later: two thirds of a ResidMLP's W_out lie where nothing reads, and components that do nothing
-    come to hold some of that, since only the sum has to be W.
+    Lengths are those of what is read later: most directions that a ResidMLP's W_out writes to are read by nothing, and components that
+    do nothing come to hold what lies there, since only the sum has to be W.
     """
     slot = site.slots[0]
     pair, matrices, readers = decomposer.directions(site, slot), decomposer.matrices(site, slot), truth.read_later.get(site.name)
